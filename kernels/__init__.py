@@ -1,0 +1,1 @@
+"""Pure functions on tensors: attention, convolutions and recurrences with several backends each."""

@@ -1,0 +1,1 @@
+"""Token mixers, their parts, and the contract that all of them keep."""

@@ -1,0 +1,1 @@
+"""Whole models: the decoder, wrappers, checkpoint formats and conversion."""
