@@ -1,0 +1,91 @@
+"""Configuration of a mixer: plain data, checked when it is made."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+ConfigT = TypeVar("ConfigT", bound="MixerConfig")
+
+
+def suggest(name: str, known: Iterable[str]) -> str:
+    """A sentence that names the nearest valid spelling, or all of them."""
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    return f"Did you mean {close[0]!r}?" if close else f"Valid names: {', '.join(known)}."
+
+
+def check_positive(config: object, *names: str) -> None:
+    """Raises ValueError unless each named field of `config` is an integer of at least 1."""
+    for name in names:
+        value = getattr(config, name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} must be an integer of at least 1, got {value!r}.")
+
+
+def check_choice(name: str, value: str, known: Iterable[str]) -> None:
+    """Raises ValueError unless `value` is one of `known`; suggests the nearest."""
+    known = list(known)
+    if value not in known:
+        raise ValueError(f"{name} {value!r} is unknown. {suggest(str(value), known)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixerConfig:
+    """Fields that every mixer has.
+
+    Attributes:
+        type: name under which the mixer is registered.
+        d_model: width of the tokens.
+    """
+
+    type: str
+    d_model: int
+
+    def __post_init__(self) -> None:
+        check_positive(self, "d_model")
+
+    @classmethod
+    def from_dict(cls: type[ConfigT], values: Mapping[str, Any]) -> ConfigT:
+        """Builds the config; an unknown key is an error that suggests the nearest.
+
+        Raises:
+            ValueError: unknown or missing keys, or values out of range.
+        """
+        fields = {field.name: field for field in dataclasses.fields(cls)}
+        for key in values:
+            if key not in fields:
+                raise ValueError(
+                    f"unknown key {key!r} for mixer {values.get('type', cls.__name__)!r}. {suggest(key, fields)}"
+                )
+        missing = [
+            name
+            for name, field in fields.items()
+            if field.default is dataclasses.MISSING
+            and field.default_factory is dataclasses.MISSING
+            and name not in values
+        ]
+        if missing:
+            raise ValueError(
+                f"mixer {values.get('type', cls.__name__)!r} needs the keys {missing}. Add them to the config."
+            )
+        return cls(
+            **{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data (JSON, YAML) from which `from_dict` builds an equal config."""
+        return {field.name: _plain(getattr(self, field.name)) for field in dataclasses.fields(self)}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, MixerConfig):
+        return value.to_dict()
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return value

@@ -1,0 +1,250 @@
+"""The base class of every token mixer: it turns all ways of giving tokens into one internal form and checks the caller.
+
+A mixer implements `init_weights`, `init_state` and `mix`; `mix_step` only when one token deserves its own path.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from .config import MixerConfig
+from .context import SequenceContext, build_context
+from .state import State
+
+# Dimensions: B batch rows, T tokens, N sequences (= rows of the state), L tokens in packed form, M model width
+
+
+@dataclass
+class LayerOutput:
+    """What a mixer returns.
+
+    Attributes:
+        hidden: (B, T, M), or (B, M) from `step`.
+        state: the state after the last token, when asked for.
+        aux: losses of the layer, name -> (sum, count), each (N,).
+        extras: tensors that a whole-model loss needs, (B, T, ...) each, with gradient, when asked for.
+    """
+
+    hidden: Tensor
+    state: Any = None  # a State of the mixer's own type
+    aux: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    extras: dict[str, Tensor] = field(default_factory=dict)
+
+
+class TokenMixer(nn.Module):
+    """Maps (B, T, M) to (B, T, M) and carries a state; see docs/contract.md for what it promises.
+
+    Class attributes a mixer may set:
+        exact: where a sequence may be cut: "token" (anywhere), "segment" (at multiples of `segment_size`),
+            "question" (not inside a run of role 0).
+        needs: names of per-token integer streams that must be given.
+        owns_norm: the block hands over the raw residual and does not normalise for this mixer.
+    """
+
+    exact: ClassVar[Literal["token", "segment", "question"]] = "token"
+    needs: ClassVar[frozenset[str]] = frozenset()
+    owns_norm: ClassVar[bool] = False
+
+    def __init__(self, config: MixerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.d_model = config.d_model
+
+    # ------------------------------------------------------------------ what a mixer implements
+
+    def init_weights(self) -> None:
+        """Initialises every parameter of this mixer; all initialisation is visible here."""
+        raise NotImplementedError
+
+    def init_state(
+        self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> State:
+        """An empty memory for `batch_size` sequences; `dtype` is that of the activations (default: of the weights)."""
+        raise NotImplementedError
+
+    def mix(self, x: Tensor, ctx: SequenceContext, state: Any) -> LayerOutput:
+        """Mixes tokens in internal form.
+
+        Args:
+            x: (B, T, M) dense or (1, L, M) packed, see `SequenceContext`.
+            state: the incoming state, or None for an empty memory.
+
+        Returns:
+            hidden of the shape of x; the new state when `ctx.return_state`; extras when `ctx.return_extras`.
+        """
+        raise NotImplementedError
+
+    def mix_step(self, x: Tensor, ctx: SequenceContext, state: Any) -> LayerOutput:
+        """Like `mix` for one token (N, 1, M) of every sequence; `state` is never None."""
+        return self.mix(x, ctx, state)
+
+    def state_num_bytes(
+        self, num_tokens: int, batch_size: int = 1, dtype: torch.dtype = torch.float32
+    ) -> int:
+        """Bytes of the state after `num_tokens` tokens; the default serves every state of constant size."""
+        return self.init_state(batch_size, device="meta", dtype=dtype).num_bytes()
+
+    def flops_per_token(self, num_tokens: int) -> int:
+        """Matrix-product FLOPs (2 per multiply-add) of one `step` after `num_tokens` tokens have been read."""
+        raise NotImplementedError
+
+    @classmethod
+    def small_configs(cls) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+        """Two small configs of unequal sizes (fields without `type`), used by the contract tests."""
+        raise NotImplementedError
+
+    # ------------------------------------------------------------------ what the base class gives
+
+    @property
+    def span(self) -> int:
+        """The longest window, chunk or kernel of this mixer; tests use sequences of at least four times it."""
+        return config_span(self.config)
+
+    @property
+    def segment_size(self) -> int:
+        """Tokens between two places where a sequence may be cut, for `exact = "segment"`."""
+        return 1
+
+    def forward(
+        self,
+        x: Tensor,
+        state: Any = None,
+        *,
+        mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
+        streams: Mapping[str, Tensor] | None = None,
+        overrides: Mapping[str, int] | None = None,
+        return_state: bool = False,
+        return_extras: bool = False,
+    ) -> LayerOutput:
+        """Mixes a batch of sequences.
+
+        Args:
+            x: (B, T, M). T may be 0.
+            state: what an earlier call returned for the same sequences; None is an empty memory.
+            mask: (B, T) bool, True = real token, any pattern. Padding neither writes, decays nor counts; its output is 0.
+            cu_seqlens: (N + 1,) boundaries of N sequences packed in one row (B = 1).
+            max_seqlen: accepted for callers of the field's kernels and ignored (it follows from `cu_seqlens`).
+            streams: per-token integers (B, T) such as roles or segments.
+            overrides: sizes to use in this call only (window_size, num_sinks, chunk_size), where the mixer allows it.
+            return_state: also return the state after the last token.
+            return_extras: also return what whole-model losses need.
+
+        Raises:
+            ValueError: shapes, state, mask and boundaries do not fit each other, or a needed stream is missing.
+        """
+        self._check_input(x, 3, "(B, T, d_model)")
+        self._check_streams(streams)
+        ctx = build_context(
+            (x.shape[0], x.shape[1]),
+            x.device,
+            num_seen=self._check_state(state),
+            mask=mask,
+            cu_seqlens=cu_seqlens,
+            streams=streams,
+            overrides=overrides,
+            return_state=return_state,
+            return_extras=return_extras,
+        )
+        out = self.mix(ctx.pack(x), ctx, state)
+        extras = {name: ctx.unpack(value) for name, value in out.extras.items()}
+        return LayerOutput(ctx.unpack(out.hidden), out.state, out.aux, extras)
+
+    def step(
+        self, x_t: Tensor, state: Any, *, streams: Mapping[str, Tensor] | None = None, donate: bool = False
+    ) -> LayerOutput:
+        """Reads one token of every sequence; same numbers as `forward` on it.
+
+        Args:
+            x_t: (N, M).
+            state: the state so far (`init_state` for an empty memory).
+            streams: per-token integers (N,).
+            donate: allow the memory of `state` to be reused (no gradient is recorded then); `state` cannot be used afterwards.
+        """
+        self._check_input(x_t, 2, "(N, d_model)")
+        self._check_streams(streams)
+        if state is None:
+            raise ValueError("step needs a state, got None. Start with mixer.init_state(batch_size).")
+        ctx = build_context(
+            (x_t.shape[0], 1),
+            x_t.device,
+            num_seen=self._check_state(state),
+            streams={name: stream[:, None] for name, stream in (streams or {}).items()},
+            return_state=True,
+            in_place=donate,
+        )
+        out = self.mix_step(x_t[:, None], ctx, state)
+        if donate:
+            state.poison()
+        return LayerOutput(out.hidden.squeeze(1), out.state, out.aux, out.extras)
+
+    def reset_parameters(self) -> None:
+        """Initialises this mixer and the mixers inside it (after materialising from the meta device, for instance)."""
+        for module in self.modules():
+            if isinstance(module, TokenMixer):
+                module.init_weights()
+
+    def extra_repr(self) -> str:
+        return ", ".join(
+            f"{k}={v!r}" for k, v in self.config.to_dict().items() if not isinstance(v, (dict, list))
+        )
+
+    def _check_input(self, x: Tensor, rank: int, shape: str) -> None:
+        if x.dim() != rank or x.shape[-1] != self.d_model:
+            raise ValueError(
+                f"{type(self).__name__} expects {shape} with d_model={self.d_model}, got {tuple(x.shape)}. "
+                "Reshape the input or build the mixer with its width."
+            )
+
+    def _check_streams(self, streams: Mapping[str, Tensor] | None) -> None:
+        missing = self.needs - set(streams or {})
+        if missing:
+            raise ValueError(
+                f"{type(self).__name__} needs the per-token streams {sorted(missing)}, got {sorted(streams or {})}. "
+                "Pass streams={name: integers of shape (B, T)}."
+            )
+
+    def _check_state(self, state: Any) -> Tensor | None:
+        if state is None:
+            return None
+        if not isinstance(state, State):
+            raise TypeError(
+                f"state must be what {type(self).__name__} returned (a State), got {type(state).__name__}. "
+                "Use state=None or mixer.init_state(batch_size) for an empty memory."
+            )
+        state.check_usable()
+        return state.num_tokens
+
+
+def config_span(config: MixerConfig) -> int:
+    """The largest window, chunk, block or kernel size named in a config, inner mixers included."""
+    sizes = [1]
+    for item in dataclasses.fields(config):
+        value = getattr(config, item.name)
+        if isinstance(value, int) and item.name.endswith(
+            ("window_size", "chunk_size", "block_size", "conv_size", "segment_size")
+        ):
+            sizes.append(value)
+        for inner in value if isinstance(value, tuple) else ():
+            if isinstance(inner, MixerConfig):
+                sizes.append(config_span(inner))
+    return max(sizes)
+
+
+def tag_parameter(
+    parameter: nn.Parameter, *, weight_decay: bool = True, lr_scale: float = 1.0
+) -> nn.Parameter:
+    """Marks a parameter for the optimiser: no weight decay (norms, gates, decays), or a rate of its own.
+
+    The tags are read by the training floor; they are plain attributes and survive deepcopy.
+    """
+    parameter._no_weight_decay = not weight_decay  # type: ignore[attr-defined]
+    parameter._lr_scale = lr_scale  # type: ignore[attr-defined]
+    return parameter

@@ -1,0 +1,88 @@
+"""The one table that maps the `type` of a mixer config to its class; the top of the layers floor."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from .contract import MixerConfig, TokenMixer, suggest
+
+
+@dataclass(frozen=True)
+class MixerEntry:
+    """A registered mixer: its class, its config dataclass, and the fields that a preset fixes as defaults."""
+
+    mixer: type[TokenMixer]
+    config: type[MixerConfig]
+    preset: Mapping[str, Any] = field(default_factory=dict)
+
+
+_MIXERS: dict[str, MixerEntry] = {}
+
+
+def list_mixers() -> list[str]:
+    """Names of all registered mixers, sorted."""
+    return sorted(_MIXERS)
+
+
+def register_mixer(
+    name: str, mixer: type[TokenMixer], config: type[MixerConfig], preset: Mapping[str, Any] | None = None
+) -> None:
+    """Adds a mixer of your own; configs and saved models may then name it.
+
+    Raises:
+        ValueError: the name is taken.
+    """
+    if name in _MIXERS:
+        raise ValueError(
+            f"a mixer named {name!r} is registered already ({_MIXERS[name].mixer.__name__}). Choose another name."
+        )
+    _MIXERS[name] = MixerEntry(mixer, config, dict(preset or {}))
+
+
+def mixer_entry(name: str) -> MixerEntry:
+    """The entry of a registered name; an unknown name is an error that suggests the nearest."""
+    if name not in _MIXERS:
+        raise ValueError(f"mixer type {name!r} is unknown. {suggest(str(name), _MIXERS)}")
+    return _MIXERS[name]
+
+
+def mixer_config(values: Mapping[str, Any] | MixerConfig) -> MixerConfig:
+    """Builds a config, inner mixers included, from plain data such as a YAML section.
+
+    Args:
+        values: `{"type": name, field: value, ...}`; a field `mixers` holds the configs of inner mixers, which inherit `d_model`.
+
+    Raises:
+        ValueError: unknown type or key (the nearest is suggested), a missing key, or a value out of range.
+    """
+    if isinstance(values, MixerConfig):
+        return values
+    if "type" not in values:
+        raise ValueError(
+            f"a mixer config needs a type, got the keys {sorted(values)}. Add one of: {', '.join(list_mixers())}."
+        )
+    entry = mixer_entry(values["type"])
+    merged: dict[str, Any] = {**entry.preset, **values}
+    if isinstance(merged.get("mixers"), (list, tuple)):
+        shared = {"d_model": merged["d_model"]} if "d_model" in merged else {}
+        merged["mixers"] = tuple(
+            inner if isinstance(inner, MixerConfig) else mixer_config({**shared, **inner})
+            for inner in merged["mixers"]
+        )
+    return entry.config.from_dict(merged)
+
+
+def build_mixer(config: Mapping[str, Any] | MixerConfig) -> TokenMixer:
+    """Builds a mixer from its config; inner mixers are built first and handed to the composite one.
+
+    Raises:
+        ValueError: as `mixer_config`.
+    """
+    config = mixer_config(config)
+    cls = mixer_entry(config.type).mixer
+    inner = getattr(config, "mixers", None)
+    if inner is None:
+        return cls(config)
+    return cls(config, [build_mixer(item) for item in inner])  # type: ignore[call-arg]  # composite mixers
