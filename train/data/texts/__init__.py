@@ -1,0 +1,55 @@
+"""Public-domain texts that come with the package: addresses for training, two novels for evaluation.
+
+| name | documents | what |
+|---|---|---|
+| `state_of_the_union` | 200 | State of the Union addresses 1790 to 1988, in the order of time |
+| `state_of_the_union_heldout` | 33 | the later ones, to 2021 |
+| `moby_dick` | 1 | Herman Melville, Moby-Dick |
+| `emma` | 1 | Jane Austen, Emma |
+
+Sources and licences are in LICENSES.md beside this file. Nothing is read before it is asked for.
+"""
+
+import difflib
+import json
+import lzma
+from dataclasses import dataclass
+from importlib import resources
+
+_NAMES = ("emma", "moby_dick", "state_of_the_union", "state_of_the_union_heldout")
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text with its title."""
+
+    title: str
+    text: str
+
+
+def list_texts() -> tuple[str, ...]:
+    """Return the names that `load_text` knows, in alphabetical order."""
+    return _NAMES
+
+
+def load_text(name: str) -> tuple[Document, ...]:
+    """Read one of the texts that come with the package.
+
+    Args:
+        name: one of `list_texts()`.
+
+    Returns:
+        Its documents in their own order: one per address, one for a whole novel.
+
+    Raises:
+        ValueError: there is no text of that name; the message names the nearest.
+    """
+    if name not in _NAMES:
+        nearest = difflib.get_close_matches(str(name), _NAMES, n=1, cutoff=0.0)[0]
+        raise ValueError(
+            f"unknown text {name!r}; did you mean {nearest!r}? Choose one of {', '.join(_NAMES)}."
+        )
+    packed = resources.files(__package__).joinpath(f"{name}.jsonl.xz").read_bytes()
+    # Not splitlines(): it would also cut at the exotic line ends that a text may hold.
+    lines = lzma.decompress(packed).decode().removesuffix("\n").split("\n")
+    return tuple(Document(**json.loads(line)) for line in lines)
