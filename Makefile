@@ -70,7 +70,7 @@ gpu-check:
 
 docs: setup
 	$(PIP) --no-build-isolation --editable ".[docs]"
-	$(RUN) -m sphinx -b html -W docs docs/_build
+	$(RUN) -m sphinx -b html docs docs/_build
 
 clean:
 	rm -rf $(VENV) build dist demo_output docs/_build .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .coverage

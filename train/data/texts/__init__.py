@@ -1,11 +1,11 @@
 """Public-domain texts that come with the package: addresses for training, two novels for evaluation.
 
-| name | documents | what |
-|---|---|---|
-| `state_of_the_union` | 200 | State of the Union addresses 1790 to 1988, in the order of time |
-| `state_of_the_union_heldout` | 33 | the later ones, to 2021 |
-| `moby_dick` | 1 | Herman Melville, Moby-Dick |
-| `emma` | 1 | Jane Austen, Emma |
+The names and what they hold::
+
+    state_of_the_union           State of the Union addresses 1790 to 1988: 200 documents, in the order of time
+    state_of_the_union_heldout   the 33 later ones, to 2021
+    moby_dick                    Herman Melville, Moby-Dick: one document
+    emma                         Jane Austen, Emma: one document
 
 Sources and licences are in LICENSES.md beside this file. Nothing is read before it is asked for.
 """
