@@ -27,7 +27,7 @@ def package_files() -> set[str]:
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Build the source archive, and the wheel from it, of a copy of the tree (a build leaves files behind)."""
+    """Build the source archive, and the wheel from it,, from a copy of the tree (a build leaves files)."""
     tree, out = tmp_path_factory.mktemp("build") / "tree", tmp_path_factory.mktemp("dist")
     tree.mkdir()
     for name in ("pyproject.toml", "README.md", "LICENSE"):

@@ -2,7 +2,7 @@
 
 The names and what they hold::
 
-    state_of_the_union           State of the Union addresses 1790 to 1988: 200 documents, in the order of time
+    state_of_the_union           State of the Union addresses 1790 to 1988: 200 documents, by time
     state_of_the_union_heldout   the 33 later ones, to 2021
     moby_dick                    Herman Melville, Moby-Dick: one document
     emma                         Jane Austen, Emma: one document
