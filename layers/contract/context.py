@@ -11,13 +11,18 @@ N sequences mean N rows of state. A sequence may have no token in a call; its st
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .config import suggest
+
 # Dimensions: B batch rows, T tokens of a row, N sequences, L tokens of all sequences together
+
+OVERRIDES = ("window_size", "num_sinks", "chunk_size")  # sizes that a call may replace
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +41,7 @@ class SequenceContext:
         input_shape: (B, T) of the caller's input.
         return_state, return_extras: what the caller asked for.
         in_place: the incoming state was donated, its memory may be written.
+        tables: scratch that layers of one model share during a call (rotary tables); never part of the state.
     """
 
     lengths: tuple[int, ...]
@@ -50,6 +56,7 @@ class SequenceContext:
     return_state: bool = False
     return_extras: bool = False
     in_place: bool = False
+    tables: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def batch_size(self) -> int:
@@ -110,6 +117,9 @@ def build_context(
         TypeError: the mask is not boolean.
     """
     rows, length = input_shape
+    for name in overrides or ():
+        if name not in OVERRIDES:
+            raise ValueError(f"size {name!r} cannot be overridden per call. {suggest(name, OVERRIDES)}")
     streams = dict(streams or {})
     for name, stream in streams.items():
         if tuple(stream.shape) != (rows, length):
