@@ -1,0 +1,181 @@
+"""Reading and writing whole checkpoints: Llama-style Hugging Face folders and GGUF files, in the names of `MemoryLM`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config import ModelConfig
+from .errors import CheckpointError
+from .families import SourceWeight, config_from_gguf, config_from_hf, config_to_hf, deinterleave, gguf_weight_map, hf_weight_map
+from .files import StrPath, read_json, verify_folder, write_folder
+from .gguf_files import open_gguf
+from .safetensors_files import INDEX_NAME, iterate_safetensors, list_weights, plan_shards, write_safetensors_in_place
+
+CONFIG_NAME = "config.json"
+
+# buffers of old checkpoints that are no weights
+_IGNORED = re.compile(r"(.*\.)?rotary_emb\.inv_freq")
+
+
+def read_model_config(path: StrPath) -> ModelConfig:
+    """The config of a checkpoint: a folder saved by memzoo, a Llama-style Hugging Face folder, or a GGUF file.
+
+    Raises:
+        CheckpointError: nothing readable there, another kind of model, or a value that is missing or impossible.
+    """
+    path = _checked(path)
+    if path.is_file():
+        return config_from_gguf(open_gguf(path))
+    values = read_json(path / CONFIG_NAME)
+    return config_from_hf(values, str(path / CONFIG_NAME))
+
+
+def read_token_ids(path: StrPath) -> dict[str, Any]:
+    """The ids `bos_token_id`, `eos_token_id`, `pad_token_id` that a checkpoint states, for its generation config."""
+    path = _checked(path)
+    if path.is_file():
+        metadata = open_gguf(path).metadata
+        names = {"bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id", "pad_token_id": "padding_token_id"}
+        found = {ours: metadata.get(f"tokenizer.ggml.{theirs}") for ours, theirs in names.items()}
+    else:
+        values = read_json(path / CONFIG_NAME)
+        found = {name: values.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def read_weights(path: StrPath, config: ModelConfig | None = None, *, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """The weights of a checkpoint under our names.
+
+    Args:
+        path: a Llama-style folder or a GGUF file (dequantised to float32).
+        config: what `read_model_config` returned; read again if None.
+        dtype: convert to this dtype; default as stored.
+
+    Returns:
+        All weights of the model, each of the shape that the config implies; with tied embeddings no `lm_head.weight`.
+
+    Raises:
+        CheckpointError: no or damaged weights, or names, shapes and dtypes that are not those of the config.
+    """
+    path = _checked(path)
+    config = config or read_model_config(path)
+    if path.is_file():
+        file = open_gguf(path)
+        weight_map = gguf_weight_map(config, file.architecture)
+        _check_names(str(path), weight_map, {name: info.shape for name, info in file.tensors.items()})
+        weights = {}
+        for ours, source in weight_map.items():
+            tensor = file.read(source.name)
+            if source.interleaved_heads:
+                tensor = deinterleave(tensor, source.interleaved_heads)
+            weights[ours] = tensor if dtype is None else tensor.to(dtype)
+        return weights
+
+    verify_folder(path)
+    weight_map = hf_weight_map(config)
+    infos = {name: info for name, info in list_weights(path).items() if not _IGNORED.fullmatch(name)}
+    wrong = [name for name, info in infos.items() if not info.dtype.is_floating_point]
+    if wrong:
+        raise CheckpointError(f"{path}: {wrong[0]!r} has dtype {infos[wrong[0]].dtype}, expected floating-point weights.")
+    shapes = {name: info.shape for name, info in infos.items()}
+    spare_head = config.tie_embeddings and "lm_head.weight" in shapes
+    if spare_head:
+        shapes.pop("lm_head.weight")
+    _check_names(str(path), weight_map, shapes)
+    loaded = dict(iterate_safetensors(infos))
+    if spare_head and not torch.equal(loaded["lm_head.weight"], loaded["model.embed_tokens.weight"]):
+        raise CheckpointError(
+            f"{path} has a lm_head.weight that differs from the embedding, but its config ties them. "
+            "Set tie_word_embeddings to false in config.json if the head is its own."
+        )
+    return {
+        ours: loaded[source.name] if dtype is None else loaded[source.name].to(dtype) for ours, source in weight_map.items()
+    }
+
+
+def write_llama_folder(
+    folder: StrPath,
+    config: ModelConfig,
+    weights: Mapping[str, Tensor],
+    *,
+    token_ids: Mapping[str, Any] | None = None,
+    max_shard_bytes: int = 5 * 10**9,
+) -> None:
+    """Writes an ordinary Llama-style Hugging Face folder that transformers loads without memzoo.
+
+    Args:
+        folder: where to; replaced as a whole, safe against a kill at any moment.
+        config: a model of attention and windowed attention.
+        weights: our names -> tensors, `lm_head.weight` left out or ignored where embeddings are tied.
+        token_ids: `bos_token_id`, `eos_token_id`, `pad_token_id` for the config.
+        max_shard_bytes: weights beyond it are split into several files.
+
+    Raises:
+        CheckpointError: no such family can express the model, or weights are missing or have other shapes.
+    """
+    values = {**config_to_hf(config), **(token_ids or {})}
+    weight_map = hf_weight_map(config)
+    present = {name: tensor for name, tensor in weights.items() if not (name == "lm_head.weight" and config.tie_embeddings)}
+    _check_names(
+        "the weights to save",
+        {ours: SourceWeight(ours, source.shape) for ours, source in weight_map.items()},
+        {name: tuple(tensor.shape) for name, tensor in present.items()},
+    )
+    tensors = {source.name: present[ours] for ours, source in weight_map.items()}
+    values["dtype"] = str(tensors["model.embed_tokens.weight"].dtype).removeprefix("torch.")
+    write_weights_folder(folder, tensors, values, max_shard_bytes=max_shard_bytes, kind="llama_style")
+
+
+def write_weights_folder(
+    folder: StrPath,
+    tensors: Mapping[str, Tensor],
+    config_values: Mapping[str, Any],
+    *,
+    kind: str,
+    max_shard_bytes: int = 5 * 10**9,
+) -> None:
+    """Writes weights (sharded if large), `config.json` and, last, the manifest."""
+    import json
+
+    def shard_writer(names: list[str]) -> Any:
+        return lambda path: write_safetensors_in_place(path, {name: tensors[name] for name in names})
+
+    def json_writer(content: Mapping[str, Any]) -> Any:
+        return lambda path: path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    shards = plan_shards(tensors, max_shard_bytes)
+    writers = {file_name: shard_writer(names) for file_name, names in shards.items()}
+    if len(shards) > 1:
+        total = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        weight_map = {name: file_name for file_name, names in shards.items() for name in names}
+        writers[INDEX_NAME] = json_writer({"metadata": {"total_size": total}, "weight_map": weight_map})
+    writers[CONFIG_NAME] = json_writer(config_values)
+    write_folder(folder, writers, extra={"kind": kind})
+
+
+def _check_names(where: str, weight_map: Mapping[str, SourceWeight], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Compares what is there with what the config implies; errors name the first difference and how many there are."""
+    expected = {source.name: source.shape for source in weight_map.values()}
+    missing = [name for name in expected if name not in shapes]
+    unexpected = [name for name in shapes if name not in expected]
+    if missing:
+        extra = f" It has {unexpected[0]!r} instead." if unexpected else ""
+        raise CheckpointError(f"{where}: {missing[0]!r} is missing ({len(missing)} such).{extra} The config is of another model, or files are absent.")
+    if unexpected:
+        raise CheckpointError(f"{where}: {unexpected[0]!r} belongs to no part of the model ({len(unexpected)} such). The config is of another model.")
+    for name, shape in expected.items():
+        if tuple(shapes[name]) != shape:
+            raise CheckpointError(f"{where}: {name!r} has shape {tuple(shapes[name])}, the config implies {shape}.")
+
+
+def _checked(path: StrPath) -> Path:
+    path = Path(path)
+    if not path.exists():
+        raise CheckpointError(f"{path} does not exist. Give a checkpoint folder or a GGUF file.")
+    return path
