@@ -1,13 +1,14 @@
 """The configuration of a whole model: plain data, checked when it is made.
 
-A model is a stack of blocks (norm, mixer, norm, MLP) between an embedding and a head. Which mixer stands in which block is data:
+A model is a stack of blocks (norm, mixer, norm, MLP) between an embedding and a head. Which mixer stands in
+which block is data:
 
-    layers: {type: sliding_window, window_size: 512}                                  # the same in all num_layers blocks
-    layers: {pattern: [{type: based, ...}, {type: attention}], repeat: 6}             # 12 blocks
-    layers: [{type: attention}, {pattern: [...], repeat: 4}, {type: attention}]       # spelled out, groups allowed
+    layers: {type: sliding_window, window_size: 512}                            # the same in every block
+    layers: {pattern: [{type: based, ...}, {type: attention}], repeat: 6}       # 12 blocks
+    layers: [{type: attention}, {pattern: [...], repeat: 4}]                    # spelled out, groups allowed
 
-Fields that many mixers share (heads, rotary base, ...) are written once, in `mixer_defaults`: each mixer takes those that its own
-config has and that its entry does not set.
+Fields that many mixers share (heads, rotary base, ...) are written once, in `mixer_defaults`: each mixer
+takes those that its own config has and that its entry does not set.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Union
+from typing import Any
 
 from ..layers.contract import MixerConfig, check_choice, check_positive, suggest
 from ..layers.registry import list_mixers, mixer_config, mixer_entry
@@ -25,7 +26,7 @@ from ..layers.registry import list_mixers, mixer_config, mixer_entry
 MLP_TYPES = ("swiglu", "gelu", "none")
 NORM_TYPES = ("rms", "layer")
 
-LayerPlan = Union[Mapping[str, Any], Sequence[Mapping[str, Any]]]
+LayerPlan = Mapping[str, Any] | Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +38,8 @@ class ModelConfig:
         d_model: width of the residual stream.
         layers: mixers of the blocks, in one of the three forms above.
         num_layers: number of blocks; may be left out where `layers` says it.
-        mixer_defaults: fields for every mixer that has them and does not set them itself, inner mixers included.
+        mixer_defaults: fields for every mixer that has them and does not set them itself, inner mixers
+            included.
         mlp: `{type: swiglu | gelu | none, d_ff: int}`, one for all blocks or a list with one entry per block.
         norm: "rms" (RMSNorm) or "layer" (LayerNorm).
         norm_eps: its epsilon.
@@ -47,8 +49,8 @@ class ModelConfig:
         residual_in_fp32: keep the residual stream in float32 when the weights are bfloat16.
 
     Raises:
-        ValueError: a value out of range, an unknown mixer or key (the nearest is suggested), sizes that do not fit,
-            or an entry of `mixer_defaults` that no mixer of the model has.
+        ValueError: a value out of range, an unknown mixer or key (the nearest is suggested), sizes that do
+            not fit, or an entry of `mixer_defaults` that no mixer of the model has.
     """
 
     vocab_size: int
@@ -99,7 +101,9 @@ class ModelConfig:
         """The MLP entry of each block: `type`, and `d_ff` unless the type is "none"."""
         entries = [self.mlp] * self.depth if isinstance(self.mlp, Mapping) else list(self.mlp)
         if len(entries) != self.depth:
-            raise ValueError(f"mlp lists {len(entries)} entries for {self.depth} layers. Give one entry, or one per layer.")
+            raise ValueError(
+                f"mlp lists {len(entries)} entries for {self.depth} layers. Give one entry, or one per layer."
+            )
         for entry in entries:
             _check_mlp(entry)
         return tuple(entries)
@@ -159,7 +163,8 @@ class ModelConfig:
                 merged.setdefault(name, value)
         if isinstance(entry.get("mixers"), (list, tuple)):
             merged["mixers"] = [
-                self._with_defaults(inner) if isinstance(inner, Mapping) else inner for inner in entry["mixers"]
+                self._with_defaults(inner) if isinstance(inner, Mapping) else inner
+                for inner in entry["mixers"]
             ]
         return merged
 
@@ -168,11 +173,16 @@ class ModelConfig:
             raise ValueError(f"mixer_defaults must map field names to values, got {self.mixer_defaults!r}.")
         reserved = {"type", "d_model", "mixers"} & set(self.mixer_defaults)
         if reserved:
-            raise ValueError(f"mixer_defaults cannot set {sorted(reserved)}. Write them in the layers themselves.")
+            raise ValueError(
+                f"mixer_defaults cannot set {sorted(reserved)}. Write them in the layers themselves."
+            )
         used = {name for entry in entries for name in _fields_inside(entry)}
         for name in self.mixer_defaults:
             if name not in used:
-                raise ValueError(f"mixer_defaults names {name!r}, which no mixer of this model has. {suggest(str(name), used)}")
+                raise ValueError(
+                    f"mixer_defaults names {name!r}, which no mixer of this model has. "
+                    f"{suggest(str(name), used)}"
+                )
 
 
 def _expand(layers: Any, num_layers: int | None) -> list[Mapping[str, Any]]:
@@ -196,11 +206,14 @@ def _expand(layers: Any, num_layers: int | None) -> list[Mapping[str, Any]]:
     if not entries:
         raise ValueError("layers is empty. A model needs at least one block.")
     if num_layers is not None and len(entries) != num_layers:
-        raise ValueError(f"layers describes {len(entries)} blocks, but num_layers is {num_layers}. Leave num_layers out.")
+        raise ValueError(
+            f"layers describes {len(entries)} blocks, but num_layers is {num_layers}. Leave num_layers out."
+        )
     for index, entry in enumerate(entries):
         if not isinstance(entry, Mapping) or not isinstance(entry.get("type"), str):
             raise ValueError(
-                f"layer {index} is {entry!r}, expected an entry with a type, one of: {', '.join(list_mixers())}."
+                f"layer {index} is {entry!r}, expected an entry with a type, one of: "
+                f"{', '.join(list_mixers())}."
             )
     return entries
 
@@ -208,7 +221,9 @@ def _expand(layers: Any, num_layers: int | None) -> list[Mapping[str, Any]]:
 def _expand_group(group: Mapping[str, Any], num_layers: int | None) -> Iterator[Mapping[str, Any]]:
     for key in group:
         if key not in ("pattern", "repeat"):
-            raise ValueError(f"unknown key {key!r} beside pattern. {suggest(str(key), ('pattern', 'repeat'))}")
+            raise ValueError(
+                f"unknown key {key!r} beside pattern. {suggest(str(key), ('pattern', 'repeat'))}"
+            )
     pattern = group["pattern"]
     if not isinstance(pattern, Sequence) or isinstance(pattern, (str, bytes)) or not pattern:
         raise ValueError(f"pattern must be a list of mixer entries, got {pattern!r}.")
@@ -216,7 +231,8 @@ def _expand_group(group: Mapping[str, Any], num_layers: int | None) -> Iterator[
     if repeat is None:
         if num_layers is None or num_layers % len(pattern):
             raise ValueError(
-                f"a pattern of {len(pattern)} mixers needs repeat, or a num_layers that it divides; num_layers is {num_layers}."
+                f"a pattern of {len(pattern)} mixers needs repeat, or a num_layers that it divides; "
+                f"num_layers is {num_layers}."
             )
         repeat = num_layers // len(pattern)
     if isinstance(repeat, bool) or not isinstance(repeat, int) or repeat < 1:
@@ -237,7 +253,9 @@ def _fields_inside(entry: Mapping[str, Any]) -> Iterator[str]:
 
 def _check_mlp(entry: Any) -> None:
     if not isinstance(entry, Mapping) or "type" not in entry:
-        raise ValueError(f"an mlp entry needs a type, got {entry!r}. Write {{type: swiglu, d_ff: ...}} or {{type: none}}.")
+        raise ValueError(
+            f"an mlp entry needs a type, got {entry!r}. Write {{type: swiglu, d_ff: ...}} or {{type: none}}."
+        )
     check_choice("mlp type", entry["type"], MLP_TYPES)
     known = ("type",) if entry["type"] == "none" else ("type", "d_ff")
     for key in entry:
@@ -245,7 +263,9 @@ def _check_mlp(entry: Any) -> None:
             raise ValueError(f"unknown key {key!r} for mlp {entry['type']!r}. {suggest(str(key), known)}")
     width = entry.get("d_ff", 0)
     if entry["type"] != "none" and (isinstance(width, bool) or not isinstance(width, int) or width < 1):
-        raise ValueError(f"mlp {entry['type']!r} needs d_ff, an integer of at least 1, got {entry.get('d_ff')!r}.")
+        raise ValueError(
+            f"mlp {entry['type']!r} needs d_ff, an integer of at least 1, got {entry.get('d_ff')!r}."
+        )
 
 
 def _plain(value: Any) -> Any:

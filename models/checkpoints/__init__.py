@@ -1,0 +1,1 @@
+"""Checkpoint formats: read as data, checked before use, written atomically."""

@@ -2,4 +2,4 @@
 
 
 class CheckpointError(ValueError):
-    """A file or folder that cannot be read as a checkpoint: damaged, incomplete, of another format or of another model."""
+    """A checkpoint that is damaged, incomplete, of another format or of another model."""

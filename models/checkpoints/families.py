@@ -1,7 +1,8 @@
 """Llama-style families: their configs and weight names, in both directions.
 
-Llama, SmolLM, Mistral, Qwen2 and Qwen3 are one architecture with switches (grouped heads, biases, q/k norms, windows, RoPE scaling),
-so one `ModelConfig` describes them all and the weight map is a renaming. GGUF files add one permutation, see `gguf_weight_map`.
+Llama, SmolLM, Mistral, Qwen2 and Qwen3 are one architecture with switches (grouped heads, biases, q/k norms,
+windows, RoPE scaling), so one `ModelConfig` describes them all and the weight map is a renaming. GGUF files
+add one permutation, see `gguf_weight_map`.
 """
 
 from __future__ import annotations
@@ -37,10 +38,16 @@ _FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": {"max_position_embeddings": 2048},
     "mistral": {"max_position_embeddings": 131_072, "sliding_window": 4096, "num_key_value_heads": 8},
     "qwen2": {"max_position_embeddings": 32_768, "sliding_window": 4096, "num_key_value_heads": 32},
-    "qwen3": {"max_position_embeddings": 32_768, "sliding_window": 4096, "num_key_value_heads": 32, "head_dim": 128},
+    "qwen3": {
+        "max_position_embeddings": 32_768,
+        "sliding_window": 4096,
+        "num_key_value_heads": 32,
+        "head_dim": 128,
+    },
 }
 
-# keys that scale RoPE by a fixed rule; `dynamic` and `longrope` change the angles of earlier tokens as the text grows
+# keys that scale RoPE by a fixed rule; `dynamic` and `longrope` change the angles of earlier tokens as the
+# text grows
 _ROPE_KEYS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "linear": (("factor",), ()),
     "llama3": (("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"), ()),
@@ -53,7 +60,7 @@ _ROPE_KEYS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 
 @dataclass(frozen=True)
 class SourceWeight:
-    """Where one of our weights comes from: its name in the source, its shape, and the heads whose rows a GGUF file interleaves."""
+    """Name and shape of a weight in its source, and the heads whose rows a GGUF file interleaves."""
 
     name: str
     shape: tuple[int, ...]
@@ -68,7 +75,8 @@ def config_from_hf(values: Mapping[str, Any], where: str) -> ModelConfig:
         where: named in errors.
 
     Raises:
-        CheckpointError: another model type, a missing or impossible value, or a feature that the backbone does not have.
+        CheckpointError: another model type, a missing or impossible value, or a feature that the backbone
+            does not have.
     """
     reader = _ConfigReader(values, where)
     family = reader.model_type()
@@ -90,8 +98,8 @@ def config_from_hf(values: Mapping[str, Any], where: str) -> ModelConfig:
         "rope_scaling": rope_scaling,
         "qk_norm": family == "qwen3",
         "norm_eps": reader.number("rms_norm_eps"),
-        "use_bias": bias,
-        "use_output_bias": bias and family != "qwen2",
+        "qkv_bias": bias,
+        "o_bias": bias and family != "qwen2",
     }
     return _build_config(
         where,
@@ -118,15 +126,30 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
     for index, fields in enumerate(attention):
         for key, value in shared.items():
             if fields[key] != value:
-                raise CheckpointError(f"layer {index} has {key}={fields[key]!r}, layer 0 has {value!r}. A Llama-style folder has one value.")
-    if config.norm != "rms" or any(mlp != config.mlps[0] for mlp in config.mlps) or config.mlps[0]["type"] != "swiglu":
-        raise CheckpointError("only models with RMSNorm and one SwiGLU MLP size can be exported as a Llama-style folder.")
+                raise CheckpointError(
+                    f"layer {index} has {key}={fields[key]!r}, layer 0 has {value!r}. "
+                    "A Llama-style folder has one value."
+                )
+    if (
+        config.norm != "rms"
+        or any(mlp != config.mlps[0] for mlp in config.mlps)
+        or config.mlps[0]["type"] != "swiglu"
+    ):
+        raise CheckpointError(
+            "only models with RMSNorm and one SwiGLU MLP size can be exported as a Llama-style folder."
+        )
     if shared["norm_eps"] != config.norm_eps and shared["qk_norm"]:
-        raise CheckpointError(f"q/k norms have norm_eps {shared['norm_eps']}, the model {config.norm_eps}. A Llama-style folder has one value.")
+        raise CheckpointError(
+            f"q/k norms have norm_eps {shared['norm_eps']}, the model {config.norm_eps}. "
+            "A Llama-style folder has one value."
+        )
     windows = [fields.get("window_size") for fields in attention]
     family = _family_of(shared, windows)
     values: dict[str, Any] = {
-        "architectures": [{"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}[family] + "ForCausalLM"],
+        "architectures": [
+            {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}[family]
+            + "ForCausalLM"
+        ],
         "model_type": family,
         "vocab_size": config.vocab_size,
         "hidden_size": config.d_model,
@@ -136,7 +159,8 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
         "num_key_value_heads": shared["num_kv_heads"],
         "head_dim": shared["head_dim"],
         "hidden_act": "silu",
-        "max_position_embeddings": config.max_position_embeddings or _FAMILY_DEFAULTS[family]["max_position_embeddings"],
+        "max_position_embeddings": config.max_position_embeddings
+        or _FAMILY_DEFAULTS[family]["max_position_embeddings"],
         "initializer_range": config.initializer_range,
         "rms_norm_eps": config.norm_eps,
         "tie_word_embeddings": config.tie_embeddings,
@@ -146,7 +170,7 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
     if family == "qwen2" and shared["head_dim"] * shared["num_heads"] != config.d_model:
         raise CheckpointError("a Qwen2 folder needs d_model = num_heads * head_dim.")
     if family in ("llama", "qwen3"):
-        values["attention_bias"] = shared["use_bias"]
+        values["attention_bias"] = shared["qkv_bias"]
     if family == "mistral":
         values["sliding_window"] = windows[0]
     if family in ("qwen2", "qwen3"):
@@ -159,16 +183,15 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
 
 def hf_weight_map(config: ModelConfig) -> dict[str, SourceWeight]:
     """Our names -> names in a Llama-style Hugging Face folder."""
-    return {
-        ours: SourceWeight(_hf_name(ours), shape) for ours, shape in expected_shapes(config).items()
-    }
+    return {ours: SourceWeight(_hf_name(ours), shape) for ours, shape in expected_shapes(config).items()}
 
 
 def gguf_weight_map(config: ModelConfig, architecture: str) -> dict[str, SourceWeight]:
     """Our names -> names in a GGUF file.
 
-    Files of the architecture `llama` store the rows of the query and key projections interleaved, for the RoPE convention that turns
-    neighbouring pairs; ours turns the two halves of a head. `deinterleave` undoes it.
+    Files of the architecture `llama` store the rows of the query and key projections interleaved, for the
+    RoPE convention that turns neighbouring pairs; ours turns the two halves of a head. `deinterleave` undoes
+    it.
     """
     weights = {}
     for ours, shape in expected_shapes(config).items():
@@ -193,7 +216,7 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         CheckpointError: a block holds something else than attention or windowed attention.
     """
     shapes: dict[str, tuple[int, ...]] = {"embed_tokens.weight": (config.vocab_size, config.d_model)}
-    for index, (mixer, mlp) in enumerate(zip(config.mixers, config.mlps)):
+    for index, (mixer, mlp) in enumerate(zip(config.mixers, config.mlps, strict=True)):
         fields = _exportable(index, mixer)
         head_dim = fields["head_dim"]
         width, kv_width = fields["num_heads"] * head_dim, fields["num_kv_heads"] * head_dim
@@ -201,10 +224,10 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         shapes[block + "mixer_norm.weight"] = (config.d_model,)
         for name, rows in (("q_proj", width), ("k_proj", kv_width), ("v_proj", kv_width)):
             shapes[f"{block}mixer.{name}.weight"] = (rows, config.d_model)
-            if fields["use_bias"]:
+            if fields["qkv_bias"]:
                 shapes[f"{block}mixer.{name}.bias"] = (rows,)
         shapes[block + "mixer.o_proj.weight"] = (config.d_model, width)
-        if fields["use_output_bias"]:
+        if fields["o_bias"]:
             shapes[block + "mixer.o_proj.bias"] = (config.d_model,)
         if fields["qk_norm"]:
             shapes[block + "mixer.q_norm.weight"] = (head_dim,)
@@ -223,49 +246,77 @@ def config_from_gguf(file: GGUFFile) -> ModelConfig:
     """Reads the ModelConfig out of the metadata of a GGUF file.
 
     Raises:
-        CheckpointError: another architecture, a missing or impossible value, or a feature that the backbone does not have.
+        CheckpointError: another architecture, a missing or impossible value, or a feature that the backbone
+            does not have.
     """
     architecture = file.architecture
     if architecture not in ("llama", "qwen2", "qwen3"):
-        raise CheckpointError(f"{file.path} has the architecture {architecture!r}; llama (with SmolLM and Mistral), qwen2 and qwen3 are read.")
+        raise CheckpointError(
+            f"{file.path} has the architecture {architecture!r}; "
+            "llama (with SmolLM and Mistral), qwen2 and qwen3 are read."
+        )
 
     def positive(key: str, default: Any = ...) -> int:
         value = file.get(f"{architecture}.{key}", int, default)
         if not 1 <= value < 2**31:
-            raise CheckpointError(f"{file.path}: {architecture}.{key} is {value}, expected a positive number.")
+            raise CheckpointError(
+                f"{file.path}: {architecture}.{key} is {value}, expected a positive number."
+            )
         return value
 
     def number(key: str, default: Any = ...) -> float:
         value = file.get(f"{architecture}.{key}", float, default)
         if not (math.isfinite(value) and value > 0):
-            raise CheckpointError(f"{file.path}: {architecture}.{key} is {value}, expected a positive number.")
+            raise CheckpointError(
+                f"{file.path}: {architecture}.{key} is {value}, expected a positive number."
+            )
         return value
 
     d_model, num_heads = positive("embedding_length"), positive("attention.head_count")
     num_kv_heads = positive("attention.head_count_kv", num_heads)
-    head_dim = positive("attention.key_length", positive("rope.dimension_count", max(d_model // num_heads, 1)))
-    if positive("attention.value_length", head_dim) != head_dim or positive("rope.dimension_count", head_dim) != head_dim:
-        raise CheckpointError(f"{file.path}: keys, values and rotated width must have the same size, here {head_dim}.")
+    head_dim = positive(
+        "attention.key_length", positive("rope.dimension_count", max(d_model // num_heads, 1))
+    )
+    if (
+        positive("attention.value_length", head_dim) != head_dim
+        or positive("rope.dimension_count", head_dim) != head_dim
+    ):
+        raise CheckpointError(
+            f"{file.path}: keys, values and rotated width must have the same size, here {head_dim}."
+        )
     if file.get(f"{architecture}.expert_count", int, 0):
         raise CheckpointError(f"{file.path} is a mixture of experts, which the backbone does not have.")
     if "rope_freqs.weight" in file.tensors:
         raise CheckpointError(
-            f"{file.path} scales RoPE by a stored table (rope_freqs.weight, Llama 3.1 and later) without its rule. "
+            f"{file.path} scales RoPE by a stored table (rope_freqs.weight, Llama 3.1 and later) without its "
+            "rule. "
             "Read the Hugging Face folder of the model instead."
         )
     scaling = file.get(f"{architecture}.rope.scaling.type", str, "none")
     if scaling not in ("none", "linear"):
-        raise CheckpointError(f"{file.path} has RoPE scaling {scaling!r}; from GGUF files none and linear are read. Read the Hugging Face folder instead.")
-    rope_scaling = {"rope_type": "linear", "factor": number("rope.scaling.factor")} if scaling == "linear" else None
+        raise CheckpointError(
+            f"{file.path} has RoPE scaling {scaling!r}; from GGUF files none and linear are read. "
+            "Read the Hugging Face folder instead."
+        )
+    rope_scaling = (
+        {"rope_type": "linear", "factor": number("rope.scaling.factor")} if scaling == "linear" else None
+    )
     num_layers = positive("block_count")
     if num_layers > len(file.tensors):
-        raise CheckpointError(f"{file.path} claims {num_layers} blocks, but holds {len(file.tensors)} tensors.")
+        raise CheckpointError(
+            f"{file.path} claims {num_layers} blocks, but holds {len(file.tensors)} tensors."
+        )
     for key, heads in (("attention.head_count", num_heads), ("attention.head_count_kv", num_kv_heads)):
         if heads * head_dim > 2**24:
-            raise CheckpointError(f"{file.path}: {architecture}.{key} is {heads}, too many for heads of {head_dim}.")
+            raise CheckpointError(
+                f"{file.path}: {architecture}.{key} is {heads}, too many for heads of {head_dim}."
+            )
     vocab_size = file.tensors["token_embd.weight"].shape[0] if "token_embd.weight" in file.tensors else 0
     if vocab_size < 1 or file.get(f"{architecture}.vocab_size", int, vocab_size) != vocab_size:
-        raise CheckpointError(f"{file.path}: token_embd.weight has {vocab_size} rows, which is not the vocabulary size of the metadata.")
+        raise CheckpointError(
+            f"{file.path}: token_embd.weight has {vocab_size} rows, which is not the vocabulary size of the "
+            "metadata."
+        )
     window = file.get(f"{architecture}.attention.sliding_window", int, 0) or None
     bias = "blk.0.attn_q.bias" in file.tensors
     defaults = {
@@ -276,8 +327,8 @@ def config_from_gguf(file: GGUFFile) -> ModelConfig:
         "rope_scaling": rope_scaling,
         "qk_norm": architecture == "qwen3",
         "norm_eps": number("attention.layer_norm_rms_epsilon"),
-        "use_bias": bias,
-        "use_output_bias": "blk.0.attn_output.bias" in file.tensors,
+        "qkv_bias": bias,
+        "o_bias": "blk.0.attn_output.bias" in file.tensors,
     }
     return _build_config(
         str(file.path),
@@ -303,7 +354,10 @@ class _ConfigReader:
     def model_type(self) -> str:
         family = self.values.get("model_type")
         if family not in FAMILIES:
-            raise CheckpointError(f"{self.where} has model_type {family!r}. Folders of {', '.join(FAMILIES)} (SmolLM is llama) are read.")
+            raise CheckpointError(
+                f"{self.where} has model_type {family!r}. "
+                f"Folders of {', '.join(FAMILIES)} (SmolLM is llama) are read."
+            )
         self.defaults = {**_COMMON_DEFAULTS, **_FAMILY_DEFAULTS[family]}
         return str(family)
 
@@ -323,7 +377,11 @@ class _ConfigReader:
 
     def number(self, key: str) -> float:
         value = self.get(key)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not (math.isfinite(value) and value > 0):
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, (int, float))
+            or not (math.isfinite(value) and value > 0)
+        ):
             raise self.wrong(key, value, "a positive number")
         return float(value)
 
@@ -344,13 +402,17 @@ class _ConfigReader:
 
 
 def _rope_from_hf(reader: _ConfigReader, max_positions: int) -> tuple[float, dict[str, Any] | None]:
-    """Base and scaling rule, from either spelling: `rope_theta` and `rope_scaling`, or `rope_parameters` with both."""
+    """Base and scaling rule: from `rope_theta` and `rope_scaling`, or from `rope_parameters`."""
     raw = reader.get("rope_scaling") or reader.get("rope_parameters") or {}
     if not isinstance(raw, Mapping) or any(isinstance(value, Mapping) for value in raw.values()):
         raise reader.wrong("rope_parameters", raw, "one set of parameters for all layers")
     rules = {key: value for key, value in raw.items() if value is not None}
     theta = rules.pop("rope_theta", reader.get("rope_theta"))
-    if isinstance(theta, bool) or not isinstance(theta, (int, float)) or not (math.isfinite(theta) and theta > 0):
+    if (
+        isinstance(theta, bool)
+        or not isinstance(theta, (int, float))
+        or not (math.isfinite(theta) and theta > 0)
+    ):
         raise reader.wrong("rope_theta", theta, "a positive number")
     if rules.pop("partial_rotary_factor", reader.get("partial_rotary_factor", 1.0)) != 1:
         raise reader.wrong("partial_rotary_factor", "not 1", "1: the backbone rotates whole heads")
@@ -359,31 +421,59 @@ def _rope_from_hf(reader: _ConfigReader, max_positions: int) -> tuple[float, dic
     if kind == "default":
         return float(theta), None
     if kind not in _ROPE_KEYS:
-        hint = " Its angles change with the length of the text, so no state could be kept." if kind in ("dynamic", "longrope") else ""
-        raise CheckpointError(f"{reader.where} has RoPE scaling {kind!r}; default, {', '.join(_ROPE_KEYS)} are supported.{hint}")
+        hint = (
+            " Its angles change with the length of the text, so no state could be kept."
+            if kind in ("dynamic", "longrope")
+            else ""
+        )
+        raise CheckpointError(
+            f"{reader.where} has RoPE scaling {kind!r}; default, {', '.join(_ROPE_KEYS)} are supported.{hint}"
+        )
     required, optional = _ROPE_KEYS[kind]
     if "original_max_position_embeddings" in required:
         outer = reader.get("original_max_position_embeddings")
-        rules["original_max_position_embeddings"] = outer or rules.get("original_max_position_embeddings", max_positions)
+        rules["original_max_position_embeddings"] = outer or rules.get(
+            "original_max_position_embeddings", max_positions
+        )
     if kind == "yarn" and "factor" not in rules:
         rules["factor"] = max_positions / rules["original_max_position_embeddings"]
     for key in required:
-        if isinstance(rules.get(key), bool) or not isinstance(rules.get(key), (int, float)) or not 0 < rules[key] < math.inf:
-            raise CheckpointError(f"{reader.where}: RoPE scaling {kind!r} needs {key}, a positive number, got {rules.get(key)!r}.")
+        if (
+            isinstance(rules.get(key), bool)
+            or not isinstance(rules.get(key), (int, float))
+            or not 0 < rules[key] < math.inf
+        ):
+            raise CheckpointError(
+                f"{reader.where}: RoPE scaling {kind!r} needs {key}, a positive number, got "
+                f"{rules.get(key)!r}."
+            )
     for key in rules:
         if key not in required + optional:
             raise CheckpointError(f"{reader.where}: RoPE scaling {kind!r} has the unknown key {key!r}.")
         if isinstance(rules[key], (str, list, Mapping)):
-            raise CheckpointError(f"{reader.where}: RoPE scaling {kind!r} has {key}={rules[key]!r:.60}, expected a number.")
-    return float(theta), {"rope_type": kind, **{key: rules[key] for key in required + optional if key in rules}}
+            raise CheckpointError(
+                f"{reader.where}: RoPE scaling {kind!r} has {key}={rules[key]!r:.60}, expected a number."
+            )
+    return float(theta), {
+        "rope_type": kind,
+        **{key: rules[key] for key in required + optional if key in rules},
+    }
 
 
 def _windows_from_hf(reader: _ConfigReader, family: str, num_layers: int) -> list[int | None]:
     """The window of each block, None for attention over the whole text."""
     if num_layers > 100_000:
         raise reader.wrong("num_hidden_layers", num_layers, "at most 100000")
-    window = reader.values["sliding_window"] if "sliding_window" in reader.values else reader.defaults["sliding_window"]
-    if family == "llama" or window is None or (family != "mistral" and not reader.boolean("use_sliding_window")):
+    window = (
+        reader.values["sliding_window"]
+        if "sliding_window" in reader.values
+        else reader.defaults["sliding_window"]
+    )
+    if (
+        family == "llama"
+        or window is None
+        or (family != "mistral" and not reader.boolean("use_sliding_window"))
+    ):
         return [None] * num_layers
     window = reader.positive("sliding_window")
     if family == "mistral":
@@ -395,14 +485,21 @@ def _windows_from_hf(reader: _ConfigReader, family: str, num_layers: int) -> lis
             raise reader.wrong("max_window_layers", first, "an integer")
         return [window if index >= first else None for index in range(num_layers)]
     names = {"full_attention": None, "sliding_attention": window}
-    if not isinstance(kinds, list) or len(kinds) != num_layers or any(not isinstance(kind, str) or kind not in names for kind in kinds):
-        raise reader.wrong("layer_types", kinds, f"{num_layers} entries, each full_attention or sliding_attention")
+    if (
+        not isinstance(kinds, list)
+        or len(kinds) != num_layers
+        or any(not isinstance(kind, str) or kind not in names for kind in kinds)
+    ):
+        raise reader.wrong(
+            "layer_types", kinds, f"{num_layers} entries, each full_attention or sliding_attention"
+        )
     return [names[kind] for kind in kinds]
 
 
 def _layers(windows: list[int | None]) -> list[dict[str, Any]]:
     return [
-        {"type": "attention"} if window is None else {"type": "sliding_window", "window_size": window} for window in windows
+        {"type": "attention"} if window is None else {"type": "sliding_window", "window_size": window}
+        for window in windows
     ]
 
 
@@ -422,15 +519,20 @@ def _exportable(index: int, mixer: Any) -> dict[str, Any]:
         )
     fields = mixer.to_dict()
     if fields.get("num_sinks"):
-        raise CheckpointError(f"layer {index} has {fields['num_sinks']} sinks, which no Llama-style family has. Use save_pretrained.")
+        raise CheckpointError(
+            f"layer {index} has {fields['num_sinks']} sinks, which no Llama-style family has. "
+            "Use save_pretrained."
+        )
     return fields
 
 
 def _family_of(shared: Mapping[str, Any], windows: list[int | None]) -> str:
     sizes = {window for window in windows if window is not None}
     if len(sizes) > 1:
-        raise CheckpointError(f"the layers have windows of {sorted(sizes)} tokens. A Llama-style folder has one size.")
-    biases = (shared["use_bias"], shared["use_output_bias"])
+        raise CheckpointError(
+            f"the layers have windows of {sorted(sizes)} tokens. A Llama-style folder has one size."
+        )
+    biases = (shared["qkv_bias"], shared["o_bias"])
     if shared["qk_norm"]:
         if biases[0] != biases[1]:
             raise CheckpointError("a Qwen3 folder has biases on all four projections or on none.")
@@ -441,13 +543,17 @@ def _family_of(shared: Mapping[str, Any], windows: list[int | None]) -> str:
         return "llama"
     if sizes and biases == (False, False) and None not in windows:
         return "mistral"
-    raise CheckpointError("no Llama-style family has this combination of biases and windows. Use save_pretrained.")
+    raise CheckpointError(
+        "no Llama-style family has this combination of biases and windows. Use save_pretrained."
+    )
 
 
 def _hf_name(ours: str) -> str:
     if ours == "lm_head.weight":
         return ours
-    name = ours.replace(".mixer_norm.", ".input_layernorm.").replace(".mlp_norm.", ".post_attention_layernorm.")
+    name = ours.replace(".mixer_norm.", ".input_layernorm.").replace(
+        ".mlp_norm.", ".post_attention_layernorm."
+    )
     return "model." + name.replace(".mixer.", ".self_attn.")
 
 
@@ -467,7 +573,11 @@ _GGUF_PARTS = {
 
 
 def _gguf_name(ours: str) -> str:
-    outer = {"embed_tokens.weight": "token_embd.weight", "norm.weight": "output_norm.weight", "lm_head.weight": "output.weight"}
+    outer = {
+        "embed_tokens.weight": "token_embd.weight",
+        "norm.weight": "output_norm.weight",
+        "lm_head.weight": "output.weight",
+    }
     if ours in outer:
         return outer[ours]
     _, index, rest = ours.split(".", 2)

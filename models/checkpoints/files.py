@@ -1,14 +1,18 @@
 """Atomic files, and folders whose content is sealed by a manifest.
 
-A file appears under its own name only when it is whole: it is written under a temporary name in the same folder, synced, then renamed.
+A file appears under its own name only when it is whole: it is written under a temporary name in the same
+folder, synced, then renamed.
 
-A folder of several files is replaced in three steps, and a kill at any moment leaves either the old or the new content readable:
+A folder of several files is replaced in three steps, and a kill at any moment leaves either the old or the
+new content readable:
 
 1. every new file is *staged* beside the old one, under a name that carries its SHA-256;
-2. `memzoo_manifest.json`, which lists the SHA-256 and size of every file, is renamed into place: this is the commit;
+2. `memzoo_manifest.json`, which lists the SHA-256 and size of every file, is renamed into place: this is the
+   commit;
 3. the staged files are renamed over the old ones.
 
-A reader first calls `verify_folder`, which completes step 3 if it was cut short, and refuses content that differs from the manifest.
+A reader first calls `verify_folder`, which completes step 3 if it was cut short, and refuses content that
+differs from the manifest.
 """
 
 import hashlib
@@ -19,7 +23,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Union
+from typing import Any
 
 from .errors import CheckpointError
 
@@ -29,12 +33,12 @@ MANIFEST_NAME = "memzoo_manifest.json"
 MANIFEST_VERSION = 1
 MAX_JSON_BYTES = 64 * 2**20
 
-StrPath = Union[str, os.PathLike[str]]
+StrPath = str | os.PathLike[str]
 
 
 @contextmanager
 def atomic_path(path: StrPath) -> Iterator[Path]:
-    """Yields a temporary path in the folder of `path`; on success it is synced and renamed to `path`, on failure removed."""
+    """Yields a temporary path beside `path`; on success it is renamed to `path`, on failure removed."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
@@ -66,12 +70,16 @@ def read_json(path: StrPath) -> dict[str, Any]:
     path = Path(path)
     try:
         if path.stat().st_size > MAX_JSON_BYTES:
-            raise CheckpointError(f"{path} has {path.stat().st_size} bytes; a JSON file here has at most {MAX_JSON_BYTES}.")
+            raise CheckpointError(
+                f"{path} has {path.stat().st_size} bytes; a JSON file here has at most {MAX_JSON_BYTES}."
+            )
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}.") from error
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not valid JSON ({error}). The file is damaged; fetch or save it again.") from error
+        raise CheckpointError(
+            f"{path} is not valid JSON ({error}). The file is damaged; fetch or save it again."
+        ) from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a JSON {type(content).__name__}, expected an object.")
     return content
@@ -92,7 +100,7 @@ def write_folder(
     *,
     extra: Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes a folder of files and its manifest; whoever is killed on the way leaves the old or the new content.
+    """Writes a folder of files and its manifest; a kill on the way leaves the old or the new content.
 
     Args:
         folder: created if absent.
@@ -141,7 +149,7 @@ def write_folder(
 
 
 def seal_folder(folder: StrPath, names: list[str], *, extra: Mapping[str, Any] | None = None) -> None:
-    """Writes the manifest of a folder whose files were written by somebody else (Hugging Face's `save_pretrained`)."""
+    """Writes the manifest of a folder whose files stand there already."""
     folder = Path(folder)
     listed = {}
     for name in names:
@@ -161,7 +169,8 @@ def verify_folder(folder: StrPath, *, required: bool = False) -> dict[str, Any] 
         The manifest, or None where there is none.
 
     Raises:
-        CheckpointError: a listed file is absent or its size or SHA-256 differ; or there is no manifest and one is required.
+        CheckpointError: a listed file is absent or its size or SHA-256 differ; or there is no manifest and
+            one is required.
     """
     folder = Path(folder)
     if not (folder / MANIFEST_NAME).exists():
@@ -175,10 +184,13 @@ def verify_folder(folder: StrPath, *, required: bool = False) -> dict[str, Any] 
     for name, entry in _listed_files(folder).items():
         path = folder / name
         if not path.is_file():
-            raise CheckpointError(f"{path} is missing, but {MANIFEST_NAME} lists it. Copy the whole folder again.")
+            raise CheckpointError(
+                f"{path} is missing, but {MANIFEST_NAME} lists it. Copy the whole folder again."
+            )
         if path.stat().st_size != entry["num_bytes"] or sha256_of(path) != entry["sha256"]:
             raise CheckpointError(
-                f"{path} differs from the SHA-256 in {MANIFEST_NAME}: the file was damaged or changed after saving. "
+                f"{path} differs from the SHA-256 in {MANIFEST_NAME}: "
+                "the file was damaged or changed after saving. "
                 f"Restore it, or delete {MANIFEST_NAME} to vouch for the content yourself."
             )
     return read_json(folder / MANIFEST_NAME)
@@ -199,7 +211,8 @@ def _listed_files(folder: Path) -> dict[str, dict[str, Any]]:
     manifest = read_json(path)
     if manifest.get("format_version") != MANIFEST_VERSION:
         raise CheckpointError(
-            f"{path} has format_version {manifest.get('format_version')!r}, this version of memzoo reads {MANIFEST_VERSION}."
+            f"{path} has format_version {manifest.get('format_version')!r}, this version of memzoo reads "
+            f"{MANIFEST_VERSION}."
         )
     files = manifest.get("files")
     if not isinstance(files, dict):
@@ -242,4 +255,3 @@ def _sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-

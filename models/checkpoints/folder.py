@@ -1,4 +1,4 @@
-"""Reading and writing whole checkpoints: Llama-style Hugging Face folders and GGUF files, in the names of `MemoryLM`."""
+"""Reading and writing whole checkpoints (Llama-style folders, GGUF files) in the names of `MemoryLM`."""
 
 from __future__ import annotations
 
@@ -12,10 +12,24 @@ from torch import Tensor
 
 from ..config import ModelConfig
 from .errors import CheckpointError
-from .families import SourceWeight, config_from_gguf, config_from_hf, config_to_hf, deinterleave, gguf_weight_map, hf_weight_map
+from .families import (
+    SourceWeight,
+    config_from_gguf,
+    config_from_hf,
+    config_to_hf,
+    deinterleave,
+    gguf_weight_map,
+    hf_weight_map,
+)
 from .files import StrPath, read_json, verify_folder, write_folder
 from .gguf_files import open_gguf
-from .safetensors_files import INDEX_NAME, iterate_safetensors, list_weights, plan_shards, write_safetensors_in_place
+from .safetensors_files import (
+    INDEX_NAME,
+    iterate_safetensors,
+    list_weights,
+    plan_shards,
+    write_safetensors_in_place,
+)
 
 CONFIG_NAME = "config.json"
 
@@ -24,10 +38,11 @@ _IGNORED = re.compile(r"(.*\.)?rotary_emb\.inv_freq")
 
 
 def read_model_config(path: StrPath) -> ModelConfig:
-    """The config of a checkpoint: a folder saved by memzoo, a Llama-style Hugging Face folder, or a GGUF file.
+    """The config of a checkpoint: a folder saved by memzoo, a Llama-style folder, or a GGUF file.
 
     Raises:
-        CheckpointError: nothing readable there, another kind of model, or a value that is missing or impossible.
+        CheckpointError: nothing readable there, another kind of model, or a value that is missing or
+            impossible.
     """
     path = _checked(path)
     if path.is_file():
@@ -37,11 +52,15 @@ def read_model_config(path: StrPath) -> ModelConfig:
 
 
 def read_token_ids(path: StrPath) -> dict[str, Any]:
-    """The ids `bos_token_id`, `eos_token_id`, `pad_token_id` that a checkpoint states, for its generation config."""
+    """The `bos_token_id`, `eos_token_id` and `pad_token_id` that a checkpoint states."""
     path = _checked(path)
     if path.is_file():
         metadata = open_gguf(path).metadata
-        names = {"bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id", "pad_token_id": "padding_token_id"}
+        names = {
+            "bos_token_id": "bos_token_id",
+            "eos_token_id": "eos_token_id",
+            "pad_token_id": "padding_token_id",
+        }
         found = {ours: metadata.get(f"tokenizer.ggml.{theirs}") for ours, theirs in names.items()}
     else:
         values = read_json(path / CONFIG_NAME)
@@ -49,7 +68,9 @@ def read_token_ids(path: StrPath) -> dict[str, Any]:
     return {name: value for name, value in found.items() if value is not None}
 
 
-def read_weights(path: StrPath, config: ModelConfig | None = None, *, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+def read_weights(
+    path: StrPath, config: ModelConfig | None = None, *, dtype: torch.dtype | None = None
+) -> dict[str, Tensor]:
     """The weights of a checkpoint under our names.
 
     Args:
@@ -58,7 +79,7 @@ def read_weights(path: StrPath, config: ModelConfig | None = None, *, dtype: tor
         dtype: convert to this dtype; default as stored.
 
     Returns:
-        All weights of the model, each of the shape that the config implies; with tied embeddings no `lm_head.weight`.
+        All weights, each of the shape that the config implies; with tied embeddings no `lm_head.weight`.
 
     Raises:
         CheckpointError: no or damaged weights, or names, shapes and dtypes that are not those of the config.
@@ -82,7 +103,9 @@ def read_weights(path: StrPath, config: ModelConfig | None = None, *, dtype: tor
     infos = {name: info for name, info in list_weights(path).items() if not _IGNORED.fullmatch(name)}
     wrong = [name for name, info in infos.items() if not info.dtype.is_floating_point]
     if wrong:
-        raise CheckpointError(f"{path}: {wrong[0]!r} has dtype {infos[wrong[0]].dtype}, expected floating-point weights.")
+        raise CheckpointError(
+            f"{path}: {wrong[0]!r} has dtype {infos[wrong[0]].dtype}, expected floating-point weights."
+        )
     shapes = {name: info.shape for name, info in infos.items()}
     spare_head = config.tie_embeddings and "lm_head.weight" in shapes
     if spare_head:
@@ -95,7 +118,8 @@ def read_weights(path: StrPath, config: ModelConfig | None = None, *, dtype: tor
             "Set tie_word_embeddings to false in config.json if the head is its own."
         )
     return {
-        ours: loaded[source.name] if dtype is None else loaded[source.name].to(dtype) for ours, source in weight_map.items()
+        ours: loaded[source.name] if dtype is None else loaded[source.name].to(dtype)
+        for ours, source in weight_map.items()
     }
 
 
@@ -121,7 +145,11 @@ def write_llama_folder(
     """
     values = {**config_to_hf(config), **(token_ids or {})}
     weight_map = hf_weight_map(config)
-    present = {name: tensor for name, tensor in weights.items() if not (name == "lm_head.weight" and config.tie_embeddings)}
+    present = {
+        name: tensor
+        for name, tensor in weights.items()
+        if not (name == "lm_head.weight" and config.tie_embeddings)
+    }
     _check_names(
         "the weights to save",
         {ours: SourceWeight(ours, source.shape) for ours, source in weight_map.items()},
@@ -147,7 +175,9 @@ def write_weights_folder(
         return lambda path: write_safetensors_in_place(path, {name: tensors[name] for name in names})
 
     def json_writer(content: Mapping[str, Any]) -> Any:
-        return lambda path: path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        return lambda path: path.write_text(
+            json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
 
     shards = plan_shards(tensors, max_shard_bytes)
     writers = {file_name: shard_writer(names) for file_name, names in shards.items()}
@@ -159,19 +189,29 @@ def write_weights_folder(
     write_folder(folder, writers, extra={"kind": kind})
 
 
-def _check_names(where: str, weight_map: Mapping[str, SourceWeight], shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Compares what is there with what the config implies; errors name the first difference and how many there are."""
+def _check_names(
+    where: str, weight_map: Mapping[str, SourceWeight], shapes: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Compares what is there with what the config implies; errors name the first difference."""
     expected = {source.name: source.shape for source in weight_map.values()}
     missing = [name for name in expected if name not in shapes]
     unexpected = [name for name in shapes if name not in expected]
     if missing:
         extra = f" It has {unexpected[0]!r} instead." if unexpected else ""
-        raise CheckpointError(f"{where}: {missing[0]!r} is missing ({len(missing)} such).{extra} The config is of another model, or files are absent.")
+        raise CheckpointError(
+            f"{where}: {missing[0]!r} is missing ({len(missing)} such).{extra} "
+            "The config is of another model, or files are absent."
+        )
     if unexpected:
-        raise CheckpointError(f"{where}: {unexpected[0]!r} belongs to no part of the model ({len(unexpected)} such). The config is of another model.")
+        raise CheckpointError(
+            f"{where}: {unexpected[0]!r} belongs to no part of the model ({len(unexpected)} such). "
+            "The config is of another model."
+        )
     for name, shape in expected.items():
         if tuple(shapes[name]) != shape:
-            raise CheckpointError(f"{where}: {name!r} has shape {tuple(shapes[name])}, the config implies {shape}.")
+            raise CheckpointError(
+                f"{where}: {name!r} has shape {tuple(shapes[name])}, the config implies {shape}."
+            )
 
 
 def _checked(path: StrPath) -> Path:

@@ -1,18 +1,21 @@
 """GGUF files, read as data by a small strict parser.
 
-Layout (versions 2 and 3, little-endian): magic `GGUF`, version u32, number of tensors u64, number of metadata entries u64, the metadata
-(key, type, value), one record per tensor (name, rank, sizes innermost first, type, offset), padding to `general.alignment`, the data.
+Layout (versions 2 and 3, little-endian): magic `GGUF`, version u32, number of tensors u64, number of metadata
+entries u64, the metadata (key, type, value), one record per tensor (name, rank, sizes innermost first, type,
+offset), padding to `general.alignment`, the data.
 
-Every count, length and offset is checked against the size of the file before anything is read or allocated, so that a truncated or
-bit-flipped file is a `CheckpointError`. Only the blocks of a tensor whose place and size are already checked go to `gguf.dequantize`.
+Every count, length and offset is checked against the size of the file before anything is read or allocated,
+so that a truncated or bit-flipped file is a `CheckpointError`. Only the blocks of a tensor whose place and
+size are already checked go to `gguf.dequantize`.
 """
 
 import math
 import mmap
 import struct
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, Union
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +28,7 @@ MAX_RANK = 4
 MAX_NAME_BYTES = 65_535
 DEFAULT_ALIGNMENT = 32
 
-MetadataValue = Union[int, float, bool, str, list[int], list[float], list[bool], list[str]]
+MetadataValue = int | float | bool | str | list[int] | list[float] | list[bool] | list[str]
 
 # type number -> (struct letter, numpy dtype); 8 is a string, 9 an array
 _SCALARS = {
@@ -81,13 +84,18 @@ class GGUFFile:
         """
         if key not in self.metadata:
             if default is ...:
-                raise CheckpointError(f"{self.path} has no metadata entry {key!r}. It is not a language model that memzoo reads.")
+                raise CheckpointError(
+                    f"{self.path} has no metadata entry {key!r}. "
+                    "It is not a language model that memzoo reads."
+                )
             return default
         value = self.metadata[key]
         if kind is float and type(value) is int:
             value = float(value)
         if type(value) is not kind:
-            raise CheckpointError(f"{self.path}: {key} is {value!r:.60}, expected a value of type {kind.__name__}.")
+            raise CheckpointError(
+                f"{self.path}: {key} is {value!r:.60}, expected a value of type {kind.__name__}."
+            )
         return value
 
     def read(self, name: str) -> Tensor:
@@ -109,7 +117,9 @@ class GGUFFile:
             with np.errstate(all="ignore"):
                 values = gguf.dequantize(rows, gguf.GGMLQuantizationType[info.type_name])
         except NotImplementedError as error:
-            raise CheckpointError(f"{self.path}: {name} has type {info.type_name}, which cannot be turned into weights.") from error
+            raise CheckpointError(
+                f"{self.path}: {name} has type {info.type_name}, which cannot be turned into weights."
+            ) from error
         return torch.from_numpy(np.array(values, dtype=np.float32).reshape(info.shape))
 
 
@@ -158,7 +168,12 @@ class _Parser:
         if type(alignment) is not int or not 1 <= alignment <= 2**20 or alignment & (alignment - 1):
             raise self.damaged(f"general.alignment is {alignment!r}, expected a power of two")
         start = -(-self.position // alignment) * alignment
-        return GGUFFile(self.path, metadata, self.place(records, start, alignment), np.frombuffer(self.data, dtype=np.uint8))
+        return GGUFFile(
+            self.path,
+            metadata,
+            self.place(records, start, alignment),
+            np.frombuffer(self.data, dtype=np.uint8),
+        )
 
     def metadata(self, num_entries: int) -> dict[str, MetadataValue]:
         entries: dict[str, MetadataValue] = {}
@@ -199,7 +214,9 @@ class _Parser:
             raise self.damaged(f"the tensor {name!r} has the sizes {sizes}")
         return name, sizes[::-1], self.scalar(4), self.scalar(10)
 
-    def place(self, records: list[tuple[str, tuple[int, ...], int, int]], start: int, alignment: int) -> dict[str, GGUFTensor]:
+    def place(
+        self, records: list[tuple[str, tuple[int, ...], int, int]], start: int, alignment: int
+    ) -> dict[str, GGUFTensor]:
         from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
         tensors: dict[str, GGUFTensor] = {}
@@ -212,13 +229,19 @@ class _Parser:
             except (ValueError, KeyError) as error:
                 raise self.damaged(f"the tensor {name!r} has the unknown type {type_number}") from error
             if shape[-1] % block_size:
-                raise self.damaged(f"rows of {name!r} have {shape[-1]} values, not a multiple of the {kind.name} block of {block_size}")
+                raise self.damaged(
+                    f"rows of {name!r} have {shape[-1]} values, not a multiple of the {kind.name} block of "
+                    f"{block_size}"
+                )
             num_bytes = math.prod(shape) // block_size * block_bytes
             if offset % alignment or start + offset + num_bytes > len(self.data):
-                raise self.damaged(f"the tensor {name!r} of shape {shape} at offset {offset} does not fit in {len(self.data)} bytes")
+                raise self.damaged(
+                    f"the tensor {name!r} of shape {shape} at offset {offset} does not fit in "
+                    f"{len(self.data)} bytes"
+                )
             tensors[name] = GGUFTensor(name, shape, kind.name, start + offset, num_bytes)
         in_order = sorted(tensors.values(), key=lambda tensor: tensor.offset)
-        for first, second in zip(in_order, in_order[1:]):
+        for first, second in pairwise(in_order):
             if first.offset + first.num_bytes > second.offset:
                 raise self.damaged(f"the tensors {first.name!r} and {second.name!r} overlap")
         return tensors

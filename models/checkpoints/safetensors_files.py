@@ -1,7 +1,8 @@
 """Safetensors: one file or a sharded folder, read lazily and checked before anything is allocated.
 
-Layout of a file: 8 bytes little-endian header length N, N bytes of JSON (name -> dtype, shape, data_offsets), then the data.
-The header is checked against the size of the file first, so that a damaged one is a clear error and never a huge allocation.
+Layout of a file: 8 bytes little-endian header length N, N bytes of JSON (name -> dtype, shape, data_offsets),
+then the data. The header is checked against the size of the file first, so that a damaged one is a clear
+error and never a huge allocation.
 """
 
 import json
@@ -58,7 +59,9 @@ def read_header(path: StrPath) -> dict[str, TensorInfo]:
             prefix = file.read(8)
             header_size = int.from_bytes(prefix, "little")
             if len(prefix) < 8 or header_size > min(file_size - 8, MAX_HEADER_BYTES):
-                raise _damaged(path, f"its header of {header_size} bytes does not fit in a file of {file_size} bytes")
+                raise _damaged(
+                    path, f"its header of {header_size} bytes does not fit in a file of {file_size} bytes"
+                )
             raw = file.read(header_size)
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}.") from error
@@ -82,12 +85,14 @@ def read_header(path: StrPath) -> dict[str, TensorInfo]:
             raise _damaged(path, f"the data of {name!r} begins at byte {begin}, expected {position}")
         position = end
     if 8 + header_size + position != file_size:
-        raise _damaged(path, f"its header describes {8 + header_size + position} bytes, the file has {file_size}")
+        raise _damaged(
+            path, f"its header describes {8 + header_size + position} bytes, the file has {file_size}"
+        )
     return infos
 
 
 def read_safetensors(path: StrPath) -> dict[str, Tensor]:
-    """All tensors of one file, memory-mapped (pages are read when touched; a write to a tensor stays in memory).
+    """All tensors of one file, memory-mapped; a write to a tensor stays in memory.
 
     Raises:
         CheckpointError: the file is absent, truncated or damaged.
@@ -105,25 +110,36 @@ def list_weights(folder: StrPath) -> dict[str, TensorInfo]:
     if (folder / INDEX_NAME).exists():
         weight_map = read_json(folder / INDEX_NAME).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-            raise CheckpointError(f"{folder / INDEX_NAME} has no valid weight_map. The file is damaged; fetch it again.")
+            raise CheckpointError(
+                f"{folder / INDEX_NAME} has no valid weight_map. The file is damaged; fetch it again."
+            )
         infos: dict[str, TensorInfo] = {}
         for shard in sorted(set(weight_map.values())):
             if "/" in shard or "\\" in shard or "\0" in shard or not shard.endswith(".safetensors"):
-                raise CheckpointError(f"{folder / INDEX_NAME} names {shard!r}, expected a .safetensors file of the same folder.")
+                raise CheckpointError(
+                    f"{folder / INDEX_NAME} names {shard!r}, expected a .safetensors file of the same folder."
+                )
             for name, info in read_header(folder / shard).items():
                 if weight_map.get(name) != shard:
                     raise CheckpointError(
-                        f"{folder / shard} holds {name!r}, but {INDEX_NAME} places it in {weight_map.get(name)!r}."
+                        f"{folder / shard} holds {name!r}, but {INDEX_NAME} places it in "
+                        f"{weight_map.get(name)!r}."
                     )
                 infos[name] = info
         missing = sorted(set(weight_map) - set(infos))
         if missing:
-            raise CheckpointError(f"{folder}: {INDEX_NAME} lists {missing[0]!r}, which is in no shard ({len(missing)} such).")
+            raise CheckpointError(
+                f"{folder}: {INDEX_NAME} lists {missing[0]!r}, which is in no shard ({len(missing)} such)."
+            )
         return infos
     if (folder / WEIGHTS_NAME).exists():
         return read_header(folder / WEIGHTS_NAME)
     pickled = sorted(path.name for path in folder.glob("*.bin")) if folder.is_dir() else []
-    hint = f" {pickled[0]} is a pickle file, which memzoo never reads; convert it to safetensors." if pickled else ""
+    hint = (
+        f" {pickled[0]} is a pickle file, which memzoo never reads; convert it to safetensors."
+        if pickled
+        else ""
+    )
     raise CheckpointError(f"{folder} holds no weights: neither {WEIGHTS_NAME} nor {INDEX_NAME}.{hint}")
 
 
@@ -158,11 +174,15 @@ def write_safetensors_in_place(path: StrPath, tensors: Mapping[str, Tensor]) -> 
     """Writes one file straight to `path`; the caller renames it into place."""
     from safetensors.torch import save_file
 
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
+    save_file(
+        {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
+        path,
+        metadata={"format": "pt"},
+    )
 
 
 def plan_shards(tensors: Mapping[str, Tensor], max_shard_bytes: int = 5 * 10**9) -> dict[str, list[str]]:
-    """File name -> names of the tensors in it, in order: one `model.safetensors` unless it would pass `max_shard_bytes`."""
+    """File name -> names of the tensors in it: one file unless it would pass `max_shard_bytes`."""
     groups: list[list[str]] = [[]]
     size = 0
     for name, tensor in tensors.items():
@@ -182,20 +202,27 @@ def _tensor_info(path: Path, name: str, entry: Any) -> tuple[TensorInfo, int, in
         raise _damaged(path, f"the header entry of {name!r} is not an object")
     dtype = _DTYPES.get(entry["dtype"]) if isinstance(entry.get("dtype"), str) else None
     if dtype is None:
-        raise _damaged(path, f"{name!r} has dtype {entry.get('dtype')!r}, expected one of {', '.join(_DTYPES)}")
-    shape, offsets = entry.get("shape"), entry.get("data_offsets")
-    if not _is_size_list(shape) or len(shape) > MAX_RANK:
-        raise _damaged(path, f"{name!r} has shape {shape!r}")
-    if not _is_size_list(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise _damaged(path, f"{name!r} has data_offsets {offsets!r}")
+        raise _damaged(
+            path, f"{name!r} has dtype {entry.get('dtype')!r}, expected one of {', '.join(_DTYPES)}"
+        )
+    shape, offsets = _sizes(entry.get("shape")), _sizes(entry.get("data_offsets"))
+    if shape is None or len(shape) > MAX_RANK:
+        raise _damaged(path, f"{name!r} has shape {entry.get('shape')!r:.80}")
+    if offsets is None or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise _damaged(path, f"{name!r} has data_offsets {entry.get('data_offsets')!r:.80}")
     expected = math.prod(shape) * dtype.itemsize
     if offsets[1] - offsets[0] != expected:
-        raise _damaged(path, f"{name!r} of shape {shape} needs {expected} bytes, its header gives {offsets[1] - offsets[0]}")
+        raise _damaged(
+            path,
+            f"{name!r} of shape {shape} needs {expected} bytes, its header gives {offsets[1] - offsets[0]}",
+        )
     return TensorInfo(path, tuple(shape), dtype), offsets[0], offsets[1]
 
 
-def _is_size_list(value: Any) -> bool:
-    return isinstance(value, list) and all(type(item) is int and 0 <= item < 2**63 for item in value)
+def _sizes(value: Any) -> list[int] | None:
+    """`value` if it is a list of sizes, else None."""
+    is_sizes = isinstance(value, list) and all(type(item) is int and 0 <= item < 2**63 for item in value)
+    return value if is_sizes else None
 
 
 def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -1,7 +1,8 @@
-"""Byte-level BPE tokenizers out of the metadata of a GGUF file, offline, saved as ordinary Hugging Face tokenizers.
+"""Byte-level BPE tokenizers out of the metadata of a GGUF file, offline.
 
-A GGUF file lists tokens, merges, token types and special ids, and names its way of splitting text (`tokenizer.ggml.pre`).
-The splitting rule itself is not in the file; it is looked up here, and an unknown name is refused rather than guessed.
+A GGUF file lists tokens, merges, token types and special ids, and names its way of splitting text
+(`tokenizer.ggml.pre`). The splitting rule itself is not in the file; it is looked up here, and an unknown
+name is refused rather than guessed.
 """
 
 from __future__ import annotations
@@ -20,9 +21,11 @@ _CONTROL, _USER_DEFINED = 3, 4
 # one digit at a time, then GPT-2's rule: SmolLM and StarCoder
 _DIGITS_THEN_BYTES = ("smollm", "starcoder", "refact", "command-r")
 _PLAIN_BYTES = ("gpt-2", "gpt2", "default")
+_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _REGEX = {
-    "qwen2": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
-    "llama-bpe": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    "qwen2": rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}|{_REST}",
+    "llama-bpe": rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}|{_REST}",
 }
 
 
@@ -33,10 +36,12 @@ def tokenizer_from_gguf(path: StrPath) -> PreTrainedTokenizerFast:
         path: the file.
 
     Returns:
-        A fast tokenizer with special ids and chat template; `save_pretrained(folder)` writes `tokenizer.json` and its config.
+        A fast tokenizer with special ids and chat template; `save_pretrained(folder)` writes `tokenizer.json`
+        and its config.
 
     Raises:
-        CheckpointError: no tokenizer in the file, not byte-level BPE, an unknown splitting rule, or damaged lists.
+        CheckpointError: no tokenizer in the file, not byte-level BPE, an unknown splitting rule, or damaged
+            lists.
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models
     from transformers import PreTrainedTokenizerFast
@@ -44,30 +49,46 @@ def tokenizer_from_gguf(path: StrPath) -> PreTrainedTokenizerFast:
     file = open_gguf(path)
     kind = file.get("tokenizer.ggml.model", str)
     if kind != "gpt2":
-        raise CheckpointError(f"{file.path} holds a tokenizer of kind {kind!r}; byte-level BPE (gpt2) is read.")
+        raise CheckpointError(
+            f"{file.path} holds a tokenizer of kind {kind!r}; byte-level BPE (gpt2) is read."
+        )
     tokens, merges = _strings(file, "tokenizer.ggml.tokens"), _strings(file, "tokenizer.ggml.merges")
     types = file.get("tokenizer.ggml.token_type", list, [1] * len(tokens))
     if len(types) != len(tokens) or not all(type(item) is int for item in types):
-        raise CheckpointError(f"{file.path}: {len(tokens)} tokens, but {len(types)} token types. The file is damaged; fetch it again.")
+        raise CheckpointError(
+            f"{file.path}: {len(tokens)} tokens, but {len(types)} token types. The file is damaged; "
+            "fetch it again."
+        )
     vocab = {token: index for index, token in enumerate(tokens)}
     if len(vocab) != len(tokens):
-        raise CheckpointError(f"{file.path}: a token occurs twice in its list. The file is damaged; fetch it again.")
+        raise CheckpointError(
+            f"{file.path}: a token occurs twice in its list. The file is damaged; fetch it again."
+        )
     pairs = []
     for merge in merges:
         first, blank, second = merge.partition(" ")
         if not (blank and first in vocab and second in vocab and first + second in vocab):
-            raise CheckpointError(f"{file.path}: the merge {merge!r} is not one of two known tokens. The file is damaged; fetch it again.")
+            raise CheckpointError(
+                f"{file.path}: the merge {merge!r} is not one of two known tokens. The file is damaged; "
+                "fetch it again."
+            )
         pairs.append((first, second))
 
     backend = Tokenizer(models.BPE(vocab=vocab, merges=pairs, fuse_unk=False))
     backend.pre_tokenizer = _pre_tokenizer(file)
     backend.decoder = decoders.ByteLevel()
     for special, wanted in ((True, _CONTROL), (False, _USER_DEFINED)):
-        added = [AddedToken(token, normalized=False, special=special) for token, kind in zip(tokens, types) if kind == wanted]
+        added = [
+            AddedToken(token, normalized=False, special=special)
+            for token, kind in zip(tokens, types, strict=True)
+            if kind == wanted
+        ]
         if added:
             (backend.add_special_tokens if special else backend.add_tokens)(added)
     if backend.get_vocab_size() != len(tokens):
-        raise CheckpointError(f"{file.path}: special tokens are not in the vocabulary. The file is damaged; fetch it again.")
+        raise CheckpointError(
+            f"{file.path}: special tokens are not in the vocabulary. The file is damaged; fetch it again."
+        )
 
     options: dict[str, Any] = {
         f"{name}_token": _token(file, tokens, key)
@@ -106,13 +127,18 @@ def _pre_tokenizer(file: GGUFFile) -> Any:
             ]
         )
     known = ", ".join((*_DIGITS_THEN_BYTES, *_PLAIN_BYTES, *_REGEX))
-    raise CheckpointError(f"{file.path} splits text by the rule {name!r}; known rules are {known}. Use the tokenizer of the Hugging Face folder.")
+    raise CheckpointError(
+        f"{file.path} splits text by the rule {name!r}; known rules are {known}. "
+        "Use the tokenizer of the Hugging Face folder."
+    )
 
 
 def _strings(file: GGUFFile, key: str) -> list[str]:
     values = file.get(key, list)
     if not all(isinstance(value, str) for value in values):
-        raise CheckpointError(f"{file.path}: {key} is no list of strings. The file is damaged; fetch it again.")
+        raise CheckpointError(
+            f"{file.path}: {key} is no list of strings. The file is damaged; fetch it again."
+        )
     return values
 
 
@@ -121,5 +147,7 @@ def _token(file: GGUFFile, tokens: list[str], key: str) -> str | None:
     if index is None:
         return None
     if not 0 <= index < len(tokens):
-        raise CheckpointError(f"{file.path}: the {key} token has the id {index}, but there are {len(tokens)} tokens.")
+        raise CheckpointError(
+            f"{file.path}: the {key} token has the id {index}, but there are {len(tokens)} tokens."
+        )
     return tokens[index]
