@@ -52,9 +52,14 @@ def write_text(text: str):
 def test_atomic_path_leaves_the_old_file_when_writing_fails(tmp_path):
     target = tmp_path / "x.json"
     write_json(target, {"a": 1})
-    with pytest.raises(RuntimeError, match="halfway"), atomic_path(target) as temporary:
-        temporary.write_text("half")
-        raise RuntimeError("halfway")
+
+    def write_half() -> None:
+        with atomic_path(target) as temporary:
+            temporary.write_text("half")
+            raise RuntimeError("halfway")
+
+    with pytest.raises(RuntimeError, match="halfway"):
+        write_half()
     assert read_json(target) == {"a": 1}
     assert os.listdir(tmp_path) == ["x.json"]
 
@@ -139,7 +144,8 @@ def test_a_kill_during_saves_leaves_a_readable_folder(tmp_path):
         from memzoo.models.checkpoints.files import write_folder
         for step in range(50):
             text = str(step) * 20000
-            write_folder(sys.argv[1], {name: lambda path, text=text: path.write_text(text) for name in ("a", "b")})
+            write = lambda path, text=text: path.write_text(text)
+            write_folder(sys.argv[1], {"a": write, "b": write})
             sys.stdout.write("saved")
             sys.stdout.flush()
         """
@@ -202,8 +208,7 @@ def test_500_damaged_safetensors_files(tmp_path):
         path.write_bytes(broken)
         try:
             loaded = read_safetensors(path)
-        except CheckpointError as error:
-            assert path.name in str(error)
+        except CheckpointError:
             outcomes["refused"] += 1
         else:
             expected = {(info.shape, info.dtype) for info in read_header(path).values()}

