@@ -10,7 +10,7 @@ COVERAGE ?= 0
 
 STAMP := $(VENV)/.installed
 RUN := $(VENV)/bin/python
-PIP := $(RUN) -m pip install --quiet --constraint constraints.txt
+PIP := $(RUN) -m pip install --constraint constraints.txt
 # One thread per test process, and no hub is ever asked for a file.
 TEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(RUN) -m pytest
 
