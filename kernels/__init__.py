@@ -1,1 +1,21 @@
 """Pure functions on tensors: attention, convolutions and recurrences with several backends each."""
+
+from .attention import AttentionOutput, KVPrefix, attention, decode_attention
+from .backend import available_backends, use_backend
+from .causal_conv import causal_conv
+from .layout import ChunkLayout, sequence_lengths
+from .linear_attention import LinearState, linear_attention
+
+__all__ = [
+    "AttentionOutput",
+    "ChunkLayout",
+    "KVPrefix",
+    "LinearState",
+    "attention",
+    "available_backends",
+    "causal_conv",
+    "decode_attention",
+    "linear_attention",
+    "sequence_lengths",
+    "use_backend",
+]

@@ -1,0 +1,332 @@
+"""Softmax attention in blocks of queries: plain matmul and softmax on the keys a block can see.
+
+A *tile* is one block of queries and one contiguous range of key slots (plus the sink slots in front of it). Every form of
+the call (window or not, sinks, carried prefix, packed rows) becomes a list of tiles of plain integers, so empty slots are
+never touched and no position tensor is needed. Scores of one tile are alive at a time, in the backward pass too, where
+they are computed again: memory is O(T), time is O(T (C + W)).
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .types import AttentionOutput, KVPrefix
+
+# Dimensions: B batch, T tokens, N sequences, P prefix slots, S key slots, H query heads, G query heads per key head,
+# D key width, E value width, R rows of heads (B * Hkv), C queries of a tile, J keys of a tile
+
+_TILE_ELEMENTS = 1 << 20
+
+
+class _Segment(NamedTuple):
+    """One sequence (or all equal rows of a dense batch): where its queries and keys lie."""
+
+    rows: int  # rows of heads that share this geometry
+    q_start: int
+    length: int
+    key_start: int
+    num_sinks: int  # sink slots in front that the rest of the key slots do not hold
+    first_position: int  # position of the first slot behind those
+    num_seen: int
+
+
+class _Tile(NamedTuple):
+    """Queries q0..q1 against sink slots s0..s0+num_sinks and key slots k0..k1, on rows r0..r1 of heads."""
+
+    r0: int
+    r1: int
+    q0: int
+    q1: int
+    s0: int
+    num_sinks: int
+    k0: int
+    k1: int
+    offset: int  # position of the first query minus position of key slot k0
+    num_kept: int  # leading key slots that are sinks: never too old
+
+    def columns(self, x: Tensor) -> Tensor:
+        """The keys (or values) of this tile: (R, S, D) -> (r1 - r0, J, D)."""
+        if self.num_sinks == 0 or self.s0 + self.num_sinks == self.k0:
+            return x[self.r0 : self.r1, self.k0 - self.num_sinks : self.k1]
+        sinks = x[self.r0 : self.r1, self.s0 : self.s0 + self.num_sinks]
+        return torch.cat([sinks, x[self.r0 : self.r1, self.k0 : self.k1]], dim=1)
+
+
+def attention_torch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: tuple[int, ...],
+    *,
+    is_packed: bool,
+    window_size: int | None,
+    num_sinks: int,
+    prefix: KVPrefix | None,
+    scale: float,
+    return_stats: bool,
+) -> AttentionOutput:
+    """Block-local attention; arguments are already checked, shapes as in `memzoo.kernels.attention`."""
+    batch_size, num_tokens, num_heads, _ = q.shape
+    num_kv_heads = k.shape[2]
+    seen = [0] * len(lengths) if prefix is None else prefix.num_seen.tolist()
+    if is_packed or len(set(seen)) > 1:
+        q, k, v = (x.flatten(0, 1)[None] for x in (q, k, v))
+        keys, values, segments = _lay_out_ragged(k, v, lengths, seen, num_sinks, prefix)
+    else:
+        keys, values, segments = _lay_out_dense(k, v, seen[0] if seen else 0, num_sinks, prefix)
+    tiles = _make_tiles(segments, num_heads // num_kv_heads, window_size, num_sinks)
+    # (B, T, H, D) -> (R, G, T, D) and (B, S, Hkv, D) -> (R, S, D)
+    q_rows = q.unflatten(2, (num_kv_heads, -1)).permute(0, 2, 3, 1, 4).flatten(0, 1)
+    k_rows = keys.transpose(1, 2).flatten(0, 1)
+    v_rows = values.transpose(1, 2).flatten(0, 1)
+    output, lse, row_max = _TiledAttention.apply(q_rows, k_rows, v_rows, tiles, window_size, scale, return_stats)
+    return AttentionOutput(
+        *(
+            None if x is None else x.unflatten(0, (-1, num_kv_heads)).flatten(1, 2).transpose(1, 2).reshape(
+                batch_size, num_tokens, num_heads, *x.shape[3:]
+            )
+            for x in (output, lse, row_max)
+        )
+    )
+
+
+def _past_slots(prefix: KVPrefix | None, num_seen: int, num_sinks: int) -> tuple[int, int]:
+    """How many sink slots hold positions that the prefix slots do not, and how many prefix slots are filled."""
+    if prefix is None:
+        return 0, 0
+    num_filled = min(prefix.k.shape[1], num_seen)
+    sink_slots = 0 if prefix.sink_k is None else prefix.sink_k.shape[1]
+    return min(sink_slots, num_sinks, num_seen - num_filled), num_filled
+
+
+def _lay_out_dense(
+    k: Tensor, v: Tensor, num_seen: int, num_sinks: int, prefix: KVPrefix | None
+) -> tuple[Tensor, Tensor, list[_Segment]]:
+    """Key slots (B, S, Hkv, D) of a batch whose rows have all read `num_seen` tokens."""
+    rows = k.shape[0] * k.shape[2]
+    if prefix is None:
+        return k, v, [_Segment(rows, 0, k.shape[1], 0, 0, 0, 0)]
+    num_extra, num_filled = _past_slots(prefix, num_seen, num_sinks)
+    first_slot = prefix.k.shape[1] - num_filled
+    key_parts, value_parts = [prefix.k[:, first_slot:], k], [prefix.v[:, first_slot:], v]
+    if num_extra and prefix.sink_k is not None and prefix.sink_v is not None:
+        key_parts.insert(0, prefix.sink_k[:, :num_extra])
+        value_parts.insert(0, prefix.sink_v[:, :num_extra])
+    segment = _Segment(rows, 0, k.shape[1], 0, num_extra, num_seen - num_filled, num_seen)
+    return torch.cat(key_parts, 1), torch.cat(value_parts, 1), [segment]
+
+
+def _lay_out_ragged(
+    k: Tensor,
+    v: Tensor,
+    lengths: tuple[int, ...],
+    seen: list[int],
+    num_sinks: int,
+    prefix: KVPrefix | None,
+) -> tuple[Tensor, Tensor, list[_Segment]]:
+    """Key slots (1, S, Hkv, D) of sequences one after the other: filled sinks, filled prefix, own tokens of each."""
+    num_sequences, rows = len(lengths), k.shape[2]
+    num_slots = 0 if prefix is None else prefix.k.shape[1]
+    max_sinks = 0 if prefix is None or prefix.sink_k is None else prefix.sink_k.shape[1]
+    own_start, segments, pieces = 0, [], []
+    key_start = 0
+    for n, (length, num_seen) in enumerate(zip(lengths, seen)):
+        num_extra, num_filled = _past_slots(prefix, num_seen, num_sinks)
+        if length:
+            segments.append(_Segment(rows, own_start, length, key_start, num_extra, num_seen - num_filled, num_seen))
+            if prefix is not None:
+                past_end = num_sequences * max_sinks + (n + 1) * num_slots
+                pieces.append(torch.arange(num_extra) + n * max_sinks)
+                pieces.append(torch.arange(past_end - num_filled, past_end))
+                own = num_sequences * (max_sinks + num_slots) + own_start
+                pieces.append(torch.arange(own, own + length))
+            key_start += num_extra + num_filled + length
+        own_start += length
+    if prefix is None:
+        return k, v, segments
+    index = torch.cat(pieces or [torch.zeros(0, dtype=torch.int64)]).to(k.device)
+
+    def gather(sinks: Tensor | None, past: Tensor, own: Tensor) -> Tensor:
+        parts = [past.flatten(0, 1), own[0]] if sinks is None else [sinks.flatten(0, 1), past.flatten(0, 1), own[0]]
+        return torch.cat(parts).index_select(0, index)[None]
+
+    return gather(prefix.sink_k, prefix.k, k), gather(prefix.sink_v, prefix.v, v), segments
+
+
+def _queries_per_tile(window_size: int | None) -> int:
+    """Queries of a tile: about half the window wastes little and keeps the matmuls large."""
+    return 128 if window_size is None else min(max(64, window_size // 2), 256)
+
+
+def _make_tiles(
+    segments: list[_Segment], num_groups: int, window_size: int | None, num_sinks: int
+) -> tuple[_Tile, ...]:
+    tiles = []
+    block = _queries_per_tile(window_size)
+    for segment in segments:
+        for t0 in range(0, segment.length, block):
+            t1 = min(t0 + block, segment.length)
+            start = segment.first_position
+            if window_size is not None:
+                start = max(start, segment.num_seen + t0 - window_size + 1)
+            num_cols = segment.num_sinks + max(0, min(num_sinks, start) - segment.first_position)
+            slot_of_zero = segment.key_start + segment.num_sinks - segment.first_position
+            k0, k1 = slot_of_zero + start, slot_of_zero + segment.num_seen + t1
+            area = num_groups * (t1 - t0) * (num_cols + k1 - k0)
+            rows = max(1, _TILE_ELEMENTS // area)
+            for r0 in range(0, segment.rows, rows):
+                tiles.append(
+                    _Tile(
+                        r0=r0,
+                        r1=min(r0 + rows, segment.rows),
+                        q0=segment.q_start + t0,
+                        q1=segment.q_start + t1,
+                        s0=segment.key_start,
+                        num_sinks=num_cols,
+                        k0=k0,
+                        k1=k1,
+                        offset=segment.num_seen + t0 - start,
+                        num_kept=max(0, num_sinks - start),
+                    )
+                )
+    return tuple(tiles)
+
+
+class _Masks:
+    """Additive masks of tiles, only for the columns that some query must not see; made once per geometry."""
+
+    def __init__(self, window_size: int | None, like: Tensor):
+        self.window_size = window_size
+        self.like = like
+        self.made: dict[tuple[int, ...], list[tuple[int, int, Tensor]]] = {}
+
+    def add_to(self, scores: Tensor, tile: _Tile) -> None:
+        """Set the hidden entries of scores (R, G, C, J) to -inf, in place."""
+        num_queries, num_keys = tile.q1 - tile.q0, tile.k1 - tile.k0
+        key = (num_queries, num_keys, tile.offset, tile.num_kept)
+        if key not in self.made:
+            self.made[key] = self._make(*key)
+        for first, last, mask in self.made[key]:
+            scores[..., tile.num_sinks + first : tile.num_sinks + last].add_(mask)
+
+    def _make(self, num_queries: int, num_keys: int, offset: int, num_kept: int) -> list[tuple[int, int, Tensor]]:
+        # Query a and key slot b are offset + a - b tokens apart.
+        device = self.like.device
+        query = torch.arange(num_queries, device=device)[:, None] + offset
+        zero = self.like.new_zeros(())
+        patches = []
+        if num_keys > offset + 1:
+            slot = torch.arange(offset + 1, num_keys, device=device)
+            patches.append((offset + 1, num_keys, zero.masked_fill(slot > query, float("-inf"))))
+        if self.window_size is not None and offset + num_queries - self.window_size > num_kept:
+            last = offset + num_queries - self.window_size
+            slot = torch.arange(num_kept, last, device=device)
+            patches.append((num_kept, last, zero.masked_fill(query - slot >= self.window_size, float("-inf"))))
+        return patches
+
+
+class _TiledAttention(torch.autograd.Function):
+    """Attention over a list of tiles; the backward pass computes the probabilities of a tile again."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        tiles: tuple[_Tile, ...],
+        window_size: int | None,
+        scale: float,
+        return_stats: bool,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        acc = torch.float64 if q.dtype == torch.float64 else torch.float32
+        output = q.new_empty(*q.shape[:3], v.shape[-1])  # (R, G, T, E)
+        lse = q.new_empty(q.shape[:3], dtype=acc) if return_stats else None
+        row_max = q.new_empty(q.shape[:3], dtype=acc) if return_stats else None
+        masks = _Masks(window_size, q.new_empty((), dtype=acc))
+        for tile in tiles:
+            rows, queries = slice(tile.r0, tile.r1), slice(tile.q0, tile.q1)
+            scores = _scores(q, k, tile, scale, acc, masks)
+            probs = scores.softmax(-1)
+            if lse is not None and row_max is not None:
+                top = scores.amax(-1)
+                row_max[rows, :, queries] = top
+                lse[rows, :, queries] = top - probs.amax(-1).log()
+            out = torch.bmm(probs.flatten(1, 2).to(v.dtype), tile.columns(v))
+            output[rows, :, queries] = out.view(*probs.shape[:3], -1)
+        ctx.save_for_backward(q, k, v)
+        ctx.set_materialize_grads(False)
+        ctx.tiles, ctx.window_size, ctx.scale = tiles, window_size, scale
+        return output, lse, row_max
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None, d_max: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
+        q, k, v = ctx.saved_tensors
+        acc = torch.float64 if q.dtype == torch.float64 else torch.float32
+        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k, dtype=acc), torch.zeros_like(v, dtype=acc)
+        masks = _Masks(ctx.window_size, q.new_empty((), dtype=acc))
+        for tile in ctx.tiles:
+            rows, queries = slice(tile.r0, tile.r1), slice(tile.q0, tile.q1)
+            scores = _scores(q, k, tile, ctx.scale, acc, masks)
+            probs = scores.softmax(-1)
+            d_scores = torch.zeros_like(probs)
+            if d_out is not None:
+                d_tile = d_out[rows, :, queries].flatten(1, 2)  # (R, G C, E)
+                d_probs = torch.bmm(d_tile, tile.columns(v).transpose(1, 2)).to(acc).view_as(probs)
+                d_scores = torch._softmax_backward_data(d_probs, probs, -1, acc)
+                _add_columns(dv, tile, torch.bmm(probs.flatten(1, 2).to(v.dtype).transpose(1, 2), d_tile))
+            if d_lse is not None:
+                d_scores = d_scores + probs * d_lse[rows, :, queries, None]
+            if d_max is not None:
+                is_top = (scores == scores.amax(-1, keepdim=True)).to(acc)
+                d_scores = d_scores + is_top * (d_max[rows, :, queries, None] / is_top.sum(-1, keepdim=True))
+            d_flat = d_scores.flatten(1, 2).to(q.dtype)  # (R, G C, J)
+            d_query = torch.bmm(d_flat, tile.columns(k)) * ctx.scale
+            dq[rows, :, queries] = d_query.view(*probs.shape[:3], -1)
+            d_key = torch.bmm(d_flat.transpose(1, 2), q[rows, :, queries].flatten(1, 2))
+            _add_columns(dk, tile, d_key * ctx.scale)
+        return dq, dk.to(k.dtype), dv.to(v.dtype), None, None, None, None
+
+
+def _scores(q: Tensor, k: Tensor, tile: _Tile, scale: float, acc: torch.dtype, masks: _Masks) -> Tensor:
+    """Masked scaled logits of a tile, (R, G, C, J)."""
+    queries = q[tile.r0 : tile.r1, :, tile.q0 : tile.q1]
+    flat = queries.flatten(1, 2)
+    keys = tile.columns(k).transpose(1, 2)
+    scores = torch.baddbmm(flat.new_zeros(()), flat, keys, beta=0, alpha=scale)
+    scores = scores.to(acc).view(*queries.shape[:3], -1)
+    masks.add_to(scores, tile)
+    return scores
+
+
+def _add_columns(total: Tensor, tile: _Tile, part: Tensor) -> None:
+    """Add a tile's gradient (r1 - r0, J, D) to the key slots (R, S, D) it came from."""
+    total[tile.r0 : tile.r1, tile.s0 : tile.s0 + tile.num_sinks] += part[:, : tile.num_sinks]
+    total[tile.r0 : tile.r1, tile.k0 : tile.k1] += part[:, tile.num_sinks :]
+
+
+def decode_attention_torch(
+    q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, *, scale: float, return_stats: bool
+) -> AttentionOutput:
+    """One query per sequence against unordered slots; shapes as in `memzoo.kernels.decode_attention`."""
+    num_sequences, _, num_heads, _ = q.shape
+    num_kv_heads = k.shape[2]
+    acc = torch.float64 if q.dtype == torch.float64 else torch.float32
+    if valid is not None:
+        hidden = ~valid[:, :, None, None]
+        k, v = k.masked_fill(hidden, 0), v.masked_fill(hidden, 0)
+    q_grouped = q.view(num_sequences, num_kv_heads, -1, q.shape[-1])  # (N, Hkv, G, D)
+    scores = torch.matmul(q_grouped, k.permute(0, 2, 3, 1)).to(acc) * scale  # (N, Hkv, G, S)
+    if valid is not None:
+        scores = scores.masked_fill(~valid[:, None, None], float("-inf"))
+    probs = scores.softmax(-1)
+    output = torch.matmul(probs.to(v.dtype), v.transpose(1, 2))  # (N, Hkv, G, E)
+    output = output.reshape(num_sequences, 1, num_heads, -1)
+    if not return_stats:
+        return AttentionOutput(output, None, None)
+    lse, row_max = scores.logsumexp(-1), scores.amax(-1)
+    shape = (num_sequences, 1, num_heads)
+    return AttentionOutput(output, lse.reshape(shape), row_max.reshape(shape))
