@@ -1,8 +1,8 @@
 """Which implementation of an operation runs, and how a caller chooses.
 
-Every operation has a `reference` (the definition: a plain loop) and a `torch` implementation that runs anywhere. On CUDA
-the field's own kernels take over where they can be imported and where they cover the call. They are marked *untested until
-a GPU record agrees* in the operation that calls them.
+Every operation has a `reference` (the definition: a plain loop) and a `torch` implementation that runs
+anywhere. On CUDA the field's own kernels take over where they can be imported and where they cover the call.
+They are marked *untested until a GPU record agrees* in the operation that calls them.
 """
 
 import difflib
@@ -62,7 +62,9 @@ def available_backends(op: str) -> tuple[str, ...]:
     """
     if op not in OPERATIONS:
         known = tuple(OPERATIONS)
-        raise ValueError(f"unknown operation {op!r}. {_suggest(op, known)}Known operations: {', '.join(known)}.")
+        raise ValueError(
+            f"unknown operation {op!r}. {_suggest(op, known)}Known operations: {', '.join(known)}."
+        )
     return tuple(name for name in OPERATIONS[op] if _usable(name))
 
 
@@ -70,7 +72,8 @@ def available_backends(op: str) -> tuple[str, ...]:
 def use_backend(name: str) -> Iterator[None]:
     """Prefer one backend for every kernel called inside the block.
 
-    Operations that do not have this backend choose for themselves. An explicit `backend=` argument wins over the block.
+    Operations that do not have this backend choose for themselves. An explicit `backend=` argument wins over
+    the block.
 
     Args:
         name: "auto", "reference", "torch", "sdpa", "flash_attn" or "fla".
@@ -124,6 +127,7 @@ def choose_backend(op: str, requested: str, automatic: Callable[[], str]) -> str
 def _require_usable(name: str) -> None:
     if name != "auto" and not _usable(name):
         raise ValueError(
-            f"backend {name!r} needs CUDA and the package {_EXTERNAL_MODULES[name].split('.')[0]!r}, which cannot be used "
+            f"backend {name!r} needs CUDA and the package {_EXTERNAL_MODULES[name].split('.')[0]!r}, which "
+            "cannot be used "
             'here. Install it on a CUDA machine with pip install "memzoo[cuda]", or use backend="torch".'
         )

@@ -19,5 +19,6 @@ def check_dtypes(**tensors: Tensor) -> None:
     for name in names[1:]:
         if tensors[name].dtype != first.dtype:
             raise ValueError(
-                f"{', '.join(names)} must share one dtype, got {names[0]} {first.dtype} and {name} {tensors[name].dtype}."
+                f"{', '.join(names)} must share one dtype, got {names[0]} {first.dtype} and {name} "
+                f"{tensors[name].dtype}."
             )

@@ -1,9 +1,9 @@
 """How sequences of unequal length lie in chunks of one size.
 
-A tight row holds N sequences one after the other without padding, (L, ...). A chunk grid is (K, C, ...): each sequence
-starts in a chunk of its own, after `phase` empty slots (so that chunk boundaries fall where the tokens read before this
-call put them), and its last chunk is filled up with empty slots. At most N (C - 1) slots are empty in front and as many
-behind; one long sequence costs what it is long.
+A tight row holds N sequences one after the other without padding, (L, ...). A chunk grid is (K, C, ...): each
+sequence starts in a chunk of its own, after `phase` empty slots (so that chunk boundaries fall where the
+tokens read before this call put them), and its last chunk is filled up with empty slots. At most N (C - 1)
+slots are empty in front and as many behind; one long sequence costs what it is long.
 """
 
 from collections.abc import Sequence
@@ -36,12 +36,14 @@ def sequence_lengths(cu_seqlens: Tensor | None, batch_size: int, num_tokens: int
         return (num_tokens,) * batch_size
     if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1 or cu_seqlens.is_floating_point():
         raise ValueError(
-            f"cu_seqlens must be a 1-D integer tensor of N + 1 boundaries, got shape {tuple(cu_seqlens.shape)} "
+            "cu_seqlens must be a 1-D integer tensor of N + 1 boundaries, got shape "
+            f"{tuple(cu_seqlens.shape)} "
             f"and dtype {cu_seqlens.dtype}."
         )
     if cu_seqlens.device.type != "cpu":
         raise ValueError(
-            f"cu_seqlens must be on the CPU, got device {cu_seqlens.device}. Move it once with cu_seqlens.cpu()."
+            f"cu_seqlens must be on the CPU, got device {cu_seqlens.device}. Move it once with "
+            "cu_seqlens.cpu()."
         )
     if batch_size != 1:
         raise ValueError(
@@ -49,10 +51,11 @@ def sequence_lengths(cu_seqlens: Tensor | None, batch_size: int, num_tokens: int
             "Flatten the rows to (1, L, ...), or leave cu_seqlens out for a dense batch."
         )
     bounds: list[int] = cu_seqlens.tolist()
-    lengths = tuple(b - a for a, b in zip(bounds, bounds[1:]))
+    lengths = tuple(b - a for a, b in zip(bounds, bounds[1:], strict=False))
     if bounds[0] != 0 or bounds[-1] != num_tokens or any(n < 0 for n in lengths):
         raise ValueError(
-            f"cu_seqlens must start with 0, never decrease and end with the number of tokens {num_tokens}, got {bounds}."
+            f"cu_seqlens must start with 0, never decrease and end with the number of tokens {num_tokens}, "
+            f"got {bounds}."
         )
     return lengths
 
@@ -82,8 +85,8 @@ class ChunkLayout:
         Args:
             lengths: tokens of each sequence; 0 is allowed.
             chunk_size: slots per chunk, at least 1.
-            phases: position of each sequence's first token inside its chunk (tokens read before, modulo the chunk
-                size); default 0 for all.
+            phases: position of each sequence's first token inside its chunk (tokens read before, modulo the
+                chunk size); default 0 for all.
 
         Raises:
             ValueError: chunk_size below 1, a negative length, or phases that do not match.
@@ -97,7 +100,9 @@ class ChunkLayout:
             raise ValueError(
                 f"phases must hold {len(lengths)} numbers from 0 to {chunk_size - 1}, got {list(phases)}."
             )
-        num_chunks = tuple(-(-(p + n) // chunk_size) if n else 0 for p, n in zip(phases, lengths))
+        num_chunks = tuple(
+            -(-(p + n) // chunk_size) if n else 0 for p, n in zip(phases, lengths, strict=True)
+        )
         return cls(tuple(lengths), chunk_size, tuple(phases), num_chunks)
 
     @property
@@ -123,13 +128,17 @@ class ChunkLayout:
     def first_chunk(self) -> Tensor:
         """(K,) bool on the CPU, True where a chunk is the first of its sequence in this call."""
         first = torch.zeros(self.total_chunks, dtype=torch.bool)
-        first[[start for start, count in zip(self.chunk_starts, self.num_chunks) if count]] = True
+        first[[start for start, count in zip(self.chunk_starts, self.num_chunks, strict=True) if count]] = (
+            True
+        )
         return first
 
     @cached_property
     def sequence_of_chunk(self) -> Tensor:
         """(K,) int64 on the CPU: which sequence a chunk belongs to."""
-        return torch.repeat_interleave(torch.arange(len(self.lengths)), torch.tensor(self.num_chunks, dtype=torch.int64))
+        return torch.repeat_interleave(
+            torch.arange(len(self.lengths)), torch.tensor(self.num_chunks, dtype=torch.int64)
+        )
 
     @cached_property
     def chunk_starts(self) -> tuple[int, ...]:
@@ -183,6 +192,6 @@ class ChunkLayout:
         """(L,) int64: slot of each token in the flattened grid."""
         pieces = [
             torch.arange(length) + (start * self.chunk_size + phase)
-            for length, phase, start in zip(self.lengths, self.phases, self.chunk_starts)
+            for length, phase, start in zip(self.lengths, self.phases, self.chunk_starts, strict=True)
         ]
         return torch.cat(pieces) if pieces else torch.zeros(0, dtype=torch.int64)

@@ -1,4 +1,4 @@
-"""Softmax attention: causal, sliding window, sinks, grouped heads, carried prefix, packed rows, log-sum-exp out."""
+"""Softmax attention: causal, window, sinks, grouped heads, carried prefix, packed rows, statistics out."""
 
 import torch
 from torch import Tensor
@@ -12,8 +12,8 @@ from .types import AttentionOutput, KVPrefix
 
 __all__ = ["AttentionOutput", "KVPrefix", "attention", "decode_attention"]
 
-# Dimensions: B batch, T tokens, N sequences, P prefix slots, S sink or cache slots, H query heads, Hkv key heads,
-# D key width, E value width
+# Dimensions: B batch, T tokens, N sequences, P prefix slots, S sink or cache slots, H query heads, Hkv key
+# heads, D key width, E value width
 
 
 def attention(
@@ -31,9 +31,10 @@ def attention(
 ) -> AttentionOutput:
     """Causal softmax attention of the tokens of a call over themselves and over a carried prefix.
 
-    The query at position i sees the key at position j iff j <= i and (i - j < window_size or j < num_sinks); positions
-    count from the start of each sequence, the carried past included. A key held both as a sink and in the prefix counts
-    once. Scores and softmax are float32 (float64 for float64 input). Differentiable with respect to every tensor, once.
+    The query at position i sees the key at position j iff j <= i and (i - j < window_size or j < num_sinks);
+    positions count from the start of each sequence, the carried past included. A key held both as a sink and
+    in the prefix counts once. Scores and softmax are float32 (float64 for float64 input). Differentiable with
+    respect to every tensor, once.
 
     Args:
         q: (B, T, H, D); T = 0 is allowed. Query heads i * H/Hkv .. (i + 1) * H/Hkv - 1 share key head i.
@@ -42,8 +43,8 @@ def attention(
         window_size: number of visible keys, the query's own included; None for the whole sequence.
         num_sinks: first positions of each sequence that stay visible.
         prefix: keys and values of the past, one row per sequence.
-        cu_seqlens: (N+1,) int64 CPU boundaries of a packed row (B = 1); nothing passes a boundary. Sequences without
-            tokens are allowed.
+        cu_seqlens: (N+1,) int64 CPU boundaries of a packed row (B = 1); nothing passes a boundary. Sequences
+            without tokens are allowed.
         scale: factor on the logits, default D ** -0.5.
         return_stats: also return the log-sum-exp and the maximum of the logits of each query.
         backend: "auto", "reference", "torch", "sdpa" or "flash_attn".
@@ -52,8 +53,8 @@ def attention(
         output (B, T, H, E), and lse and row_max (B, T, H) when asked for.
 
     Raises:
-        ValueError: sizes that do not agree, window_size below 1, a prefix of another number of sequences, sinks that the
-            prefix has dropped, or a backend that cannot do this call.
+        ValueError: sizes that do not agree, window_size below 1, a prefix of another number of sequences,
+            sinks that the prefix has dropped, or a backend that cannot do this call.
     """
     for name, x in (("q", q), ("k", k), ("v", v)):
         check_rank(name, x, "(B, T, H, D)")
@@ -66,7 +67,8 @@ def attention(
         )
     if window_size is not None and window_size < 1:
         raise ValueError(
-            f"window_size must be at least 1, got {window_size}. Use window_size=None for attention over the whole sequence."
+            f"window_size must be at least 1, got {window_size}. Use window_size=None for attention over "
+            "the whole sequence."
         )
     if num_sinks < 0:
         raise ValueError(f"num_sinks must not be negative, got {num_sinks}.")
@@ -112,8 +114,8 @@ def decode_attention(
         q: (N, 1, H, D).
         k: (N, S, Hkv, D), H a multiple of Hkv.
         v: (N, S, Hkv, E).
-        valid: (N, S) bool, True where a slot counts; None when all do. Each sequence needs one valid slot. What lies in
-            the others is never read.
+        valid: (N, S) bool, True where a slot counts; None when all do. Each sequence needs one valid slot.
+            What lies in the others is never read.
         scale: factor on the logits, default D ** -0.5.
         return_stats: also return the log-sum-exp and the maximum of the logits.
         backend: "auto", "reference" or "torch".
@@ -137,7 +139,8 @@ def decode_attention(
         raise ValueError(f"k must hold at least one slot, got shape {tuple(k.shape)}.")
     if valid is not None and (valid.shape != k.shape[:2] or valid.dtype != torch.bool):
         raise ValueError(
-            f"valid must be a bool tensor of shape {tuple(k.shape[:2])}, got {valid.dtype} of shape {tuple(valid.shape)}."
+            f"valid must be a bool tensor of shape {tuple(k.shape[:2])}, got {valid.dtype} of shape "
+            f"{tuple(valid.shape)}."
         )
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if choose_backend("decode_attention", backend, lambda: "torch") == "reference":
@@ -148,17 +151,26 @@ def decode_attention(
 
 def _check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
     if k.shape[:3] != v.shape[:3]:
-        raise ValueError(f"k and v must agree in all but their width, got k {tuple(k.shape)} and v {tuple(v.shape)}.")
+        raise ValueError(
+            f"k and v must agree in all but their width, got k {tuple(k.shape)} and v {tuple(v.shape)}."
+        )
     if q.shape[3] != k.shape[3]:
         raise ValueError(f"q and k must have one width per head, got {q.shape[3]} and {k.shape[3]}.")
     if k.shape[2] < 1 or q.shape[2] % k.shape[2] != 0:
         raise ValueError(
-            f"the number of query heads must be a multiple of the number of key heads, got {q.shape[2]} and {k.shape[2]}."
+            f"the number of query heads must be a multiple of the number of key heads, got {q.shape[2]} "
+            f"and {k.shape[2]}."
         )
 
 
 def _check_prefix(
-    prefix: KVPrefix, q: Tensor, k: Tensor, v: Tensor, num_sequences: int, window_size: int | None, num_sinks: int
+    prefix: KVPrefix,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    num_sequences: int,
+    window_size: int | None,
+    num_sinks: int,
 ) -> KVPrefix:
     """Check a prefix against the call; drop its sink slots when the call looks at none of them."""
     if (prefix.sink_k is None) != (prefix.sink_v is None):
@@ -174,32 +186,37 @@ def _check_prefix(
         check_rank(name, x, "(N, P, Hkv, D)")
         if x.shape[0] != num_sequences or x.shape[2:] != like.shape[2:]:
             raise ValueError(
-                f"{name} must have shape ({num_sequences}, slots, {like.shape[2]}, {like.shape[3]}): one row per sequence "
+                f"{name} must have shape ({num_sequences}, slots, {like.shape[2]}, {like.shape[3]}): one "
+                "row per sequence "
                 f"and the heads of this call, got {tuple(x.shape)}."
             )
         if x.dtype != like.dtype:
             raise ValueError(f"{name} must have the dtype of the call, {like.dtype}, got {x.dtype}.")
     if prefix.k.shape[1] != prefix.v.shape[1]:
         raise ValueError(
-            f"prefix.k and prefix.v must have the same number of slots, got {prefix.k.shape[1]} and {prefix.v.shape[1]}."
+            f"prefix.k and prefix.v must have the same number of slots, got {prefix.k.shape[1]} and "
+            f"{prefix.v.shape[1]}."
         )
     num_seen = prefix.num_seen
     if num_seen.shape != (num_sequences,) or num_seen.dtype != torch.int64 or num_seen.device.type != "cpu":
         raise ValueError(
-            f"prefix.num_seen must be an int64 CPU tensor of shape ({num_sequences},), got {num_seen.dtype} of shape "
+            f"prefix.num_seen must be an int64 CPU tensor of shape ({num_sequences},), got "
+            f"{num_seen.dtype} of shape "
             f"{tuple(num_seen.shape)} on {num_seen.device}."
         )
     num_slots = prefix.k.shape[1]
     dropped = max([0, *(n - num_slots for n in num_seen.tolist())])
     if window_size is None and dropped:
         raise ValueError(
-            f"attention over the whole sequence needs the whole past in the prefix: {num_slots} slots for up to "
+            f"attention over the whole sequence needs the whole past in the prefix: {num_slots} slots for "
+            "up to "
             f"{num_slots + dropped} tokens read. Give window_size, or keep every key."
         )
     sink_slots = 0 if prefix.sink_k is None else prefix.sink_k.shape[1]
     if sink_slots < min(num_sinks, dropped):
         raise ValueError(
-            f"num_sinks={num_sinks}, but the prefix no longer holds the first positions and carries {sink_slots} sink "
+            f"num_sinks={num_sinks}, but the prefix no longer holds the first positions and carries "
+            f"{sink_slots} sink "
             "slots. Give prefix.sink_k and prefix.sink_v with num_sinks slots."
         )
     return prefix if num_sinks else prefix._replace(sink_k=None, sink_v=None)

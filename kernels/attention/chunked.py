@@ -1,9 +1,9 @@
 """Softmax attention in blocks of queries: plain matmul and softmax on the keys a block can see.
 
-A *tile* is one block of queries and one contiguous range of key slots (plus the sink slots in front of it). Every form of
-the call (window or not, sinks, carried prefix, packed rows) becomes a list of tiles of plain integers, so empty slots are
-never touched and no position tensor is needed. Scores of one tile are alive at a time, in the backward pass too, where
-they are computed again: memory is O(T), time is O(T (C + W)).
+A *tile* is one block of queries and one contiguous range of key slots (plus the sink slots in front of it).
+Every form of the call (window or not, sinks, carried prefix, packed rows) becomes a list of tiles of plain
+integers, so empty slots are never touched and no position tensor is needed. Scores of one tile are alive at a
+time, in the backward pass too, where they are computed again: memory is O(T), time is O(T (C + W)).
 """
 
 from typing import Any, NamedTuple
@@ -14,8 +14,8 @@ from torch.autograd.function import once_differentiable
 
 from .types import AttentionOutput, KVPrefix
 
-# Dimensions: B batch, T tokens, N sequences, P prefix slots, S key slots, H query heads, G query heads per key head,
-# D key width, E value width, R rows of heads (B * Hkv), C queries of a tile, J keys of a tile
+# Dimensions: B batch, T tokens, N sequences, P prefix slots, S key slots, H query heads, G query heads per
+# key head, D key width, E value width, R rows of heads (B * Hkv), C queries of a tile, J keys of a tile
 
 _TILE_ELEMENTS = 1 << 20
 
@@ -81,19 +81,24 @@ def attention_torch(
     q_rows = q.unflatten(2, (num_kv_heads, -1)).permute(0, 2, 3, 1, 4).flatten(0, 1)
     k_rows = keys.transpose(1, 2).flatten(0, 1)
     v_rows = values.transpose(1, 2).flatten(0, 1)
-    output, lse, row_max = _TiledAttention.apply(q_rows, k_rows, v_rows, tiles, window_size, scale, return_stats)
+    output, lse, row_max = _TiledAttention.apply(
+        q_rows, k_rows, v_rows, tiles, window_size, scale, return_stats
+    )
+
+    def to_heads(x: Tensor) -> Tensor:
+        """(R, G, T, ...) -> (B, T, H, ...)."""
+        heads = x.unflatten(0, (-1, num_kv_heads)).flatten(1, 2).transpose(1, 2)
+        return heads.reshape(batch_size, num_tokens, num_heads, *x.shape[3:])
+
     return AttentionOutput(
-        *(
-            None if x is None else x.unflatten(0, (-1, num_kv_heads)).flatten(1, 2).transpose(1, 2).reshape(
-                batch_size, num_tokens, num_heads, *x.shape[3:]
-            )
-            for x in (output, lse, row_max)
-        )
+        to_heads(output),
+        None if lse is None else to_heads(lse),
+        None if row_max is None else to_heads(row_max),
     )
 
 
 def _past_slots(prefix: KVPrefix | None, num_seen: int, num_sinks: int) -> tuple[int, int]:
-    """How many sink slots hold positions that the prefix slots do not, and how many prefix slots are filled."""
+    """Sink slots whose positions the prefix slots do not hold, and filled prefix slots: how many."""
     if prefix is None:
         return 0, 0
     num_filled = min(prefix.k.shape[1], num_seen)
@@ -126,16 +131,18 @@ def _lay_out_ragged(
     num_sinks: int,
     prefix: KVPrefix | None,
 ) -> tuple[Tensor, Tensor, list[_Segment]]:
-    """Key slots (1, S, Hkv, D) of sequences one after the other: filled sinks, filled prefix, own tokens of each."""
+    """Key slots (1, S, Hkv, D) of sequences one after the other, each: sinks, filled prefix, own tokens."""
     num_sequences, rows = len(lengths), k.shape[2]
     num_slots = 0 if prefix is None else prefix.k.shape[1]
     max_sinks = 0 if prefix is None or prefix.sink_k is None else prefix.sink_k.shape[1]
     own_start, segments, pieces = 0, [], []
     key_start = 0
-    for n, (length, num_seen) in enumerate(zip(lengths, seen)):
+    for n, (length, num_seen) in enumerate(zip(lengths, seen, strict=True)):
         num_extra, num_filled = _past_slots(prefix, num_seen, num_sinks)
         if length:
-            segments.append(_Segment(rows, own_start, length, key_start, num_extra, num_seen - num_filled, num_seen))
+            segments.append(
+                _Segment(rows, own_start, length, key_start, num_extra, num_seen - num_filled, num_seen)
+            )
             if prefix is not None:
                 past_end = num_sequences * max_sinks + (n + 1) * num_slots
                 pieces.append(torch.arange(num_extra) + n * max_sinks)
@@ -149,7 +156,11 @@ def _lay_out_ragged(
     index = torch.cat(pieces or [torch.zeros(0, dtype=torch.int64)]).to(k.device)
 
     def gather(sinks: Tensor | None, past: Tensor, own: Tensor) -> Tensor:
-        parts = [past.flatten(0, 1), own[0]] if sinks is None else [sinks.flatten(0, 1), past.flatten(0, 1), own[0]]
+        parts = (
+            [past.flatten(0, 1), own[0]]
+            if sinks is None
+            else [sinks.flatten(0, 1), past.flatten(0, 1), own[0]]
+        )
         return torch.cat(parts).index_select(0, index)[None]
 
     return gather(prefix.sink_k, prefix.k, k), gather(prefix.sink_v, prefix.v, v), segments
@@ -211,7 +222,9 @@ class _Masks:
         for first, last, mask in self.made[key]:
             scores[..., tile.num_sinks + first : tile.num_sinks + last].add_(mask)
 
-    def _make(self, num_queries: int, num_keys: int, offset: int, num_kept: int) -> list[tuple[int, int, Tensor]]:
+    def _make(
+        self, num_queries: int, num_keys: int, offset: int, num_kept: int
+    ) -> list[tuple[int, int, Tensor]]:
         # Query a and key slot b are offset + a - b tokens apart.
         device = self.like.device
         query = torch.arange(num_queries, device=device)[:, None] + offset
@@ -223,7 +236,9 @@ class _Masks:
         if self.window_size is not None and offset + num_queries - self.window_size > num_kept:
             last = offset + num_queries - self.window_size
             slot = torch.arange(num_kept, last, device=device)
-            patches.append((num_kept, last, zero.masked_fill(query - slot >= self.window_size, float("-inf"))))
+            patches.append(
+                (num_kept, last, zero.masked_fill(query - slot >= self.window_size, float("-inf")))
+            )
         return patches
 
 
@@ -231,7 +246,7 @@ class _TiledAttention(torch.autograd.Function):
     """Attention over a list of tiles; the backward pass computes the probabilities of a tile again."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         q: Tensor,
         k: Tensor,
@@ -263,7 +278,9 @@ class _TiledAttention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None, d_max: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(
+        ctx: Any, d_out: Tensor | None, d_lse: Tensor | None, d_max: Tensor | None
+    ) -> tuple[Any, ...]:
         q, k, v = ctx.saved_tensors
         acc = torch.float64 if q.dtype == torch.float64 else torch.float32
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k, dtype=acc), torch.zeros_like(v, dtype=acc)

@@ -1,6 +1,7 @@
 """Softmax attention by the definition: one query at a time, over the list of keys it may see.
 
-    o_i = sum_j p_ij v_j,   p_ij = softmax_j(scale q_i . k_j)   over j <= i with i - j < window_size or j < num_sinks
+o_i = sum_j p_ij v_j,   p_ij = softmax_j(scale q_i . k_j)   over j <= i with i - j < window_size or j <
+num_sinks
 """
 
 import torch
@@ -8,7 +9,8 @@ from torch import Tensor
 
 from .types import AttentionOutput, KVPrefix
 
-# Dimensions: B batch, T tokens, N sequences, H query heads, G query heads per key head, D key width, E value width, J keys
+# Dimensions: B batch, T tokens, N sequences, H query heads, G query heads per key head, D key width, E value
+# width, J keys
 
 
 def attention_reference(
@@ -22,7 +24,7 @@ def attention_reference(
     prefix: KVPrefix | None,
     scale: float,
 ) -> AttentionOutput:
-    """The definition of `memzoo.kernels.attention`; arguments are already checked, statistics are always returned."""
+    """The definition of `memzoo.kernels.attention` on checked arguments; always returns the statistics."""
     acc = torch.float64 if q.dtype == torch.float64 else torch.float32
     rows_q, rows_k, rows_v = (x.flatten(0, 1).split(list(lengths)) for x in (q, k, v))
     outputs, lses, maxima = [], [], []
@@ -48,7 +50,9 @@ def attention_reference(
             maxima.append(logits.amax(-1).flatten())
     shape = q.shape[:3]
     if not outputs:
-        return AttentionOutput(q.new_zeros(*shape, v.shape[-1]), *(q.new_zeros(shape, dtype=acc) for _ in range(2)))
+        return AttentionOutput(
+            q.new_zeros(*shape, v.shape[-1]), *(q.new_zeros(shape, dtype=acc) for _ in range(2))
+        )
     return AttentionOutput(
         torch.stack(outputs).to(q.dtype).reshape(*shape, -1),
         torch.stack(lses).reshape(shape),
@@ -56,7 +60,9 @@ def attention_reference(
     )
 
 
-def _filled_slots(prefix: KVPrefix | None, n: int, num_sinks: int) -> tuple[list[Tensor], list[Tensor], list[int]]:
+def _filled_slots(
+    prefix: KVPrefix | None, n: int, num_sinks: int
+) -> tuple[list[Tensor], list[Tensor], list[int]]:
     """Keys, values and positions of the filled slots of one sequence, each position once."""
     keys: list[Tensor] = []
     values: list[Tensor] = []

@@ -30,9 +30,10 @@ def causal_conv(
         weight: (D, K), the newest input last.
         bias: (D,) or None.
         activation: None or "silu", applied to the sum.
-        tail: (N, K-1, D) inputs before the first token, oldest first, zeros where nothing was read; None for zeros.
-        cu_seqlens: (N+1,) int64 CPU boundaries of a packed row (B = 1); nothing passes a boundary. Sequences without
-            tokens are allowed and return their tail unchanged.
+        tail: (N, K-1, D) inputs before the first token, oldest first, zeros where nothing was read; None for
+            zeros.
+        cu_seqlens: (N+1,) int64 CPU boundaries of a packed row (B = 1); nothing passes a boundary. Sequences
+            without tokens are allowed and return their tail unchanged.
         backend: "auto", "reference" or "torch".
 
     Returns:
@@ -46,7 +47,9 @@ def causal_conv(
     check_dtypes(x=x, **({} if tail is None else {"tail": tail}))
     channels, kernel_size = weight.shape
     if channels != x.shape[2] or kernel_size < 1:
-        raise ValueError(f"weight must have shape ({x.shape[2]}, K) with K at least 1, got {tuple(weight.shape)}.")
+        raise ValueError(
+            f"weight must have shape ({x.shape[2]}, K) with K at least 1, got {tuple(weight.shape)}."
+        )
     if bias is not None and tuple(bias.shape) != (channels,):
         raise ValueError(f"bias must have shape ({channels},), got {tuple(bias.shape)}.")
     if activation not in (None, "silu"):
@@ -57,7 +60,8 @@ def causal_conv(
         tail = x.new_zeros(expected)
     elif tuple(tail.shape) != expected:
         raise ValueError(
-            f"tail must have shape {expected} = (sequences, kernel size - 1, channels), got {tuple(tail.shape)}."
+            f"tail must have shape {expected} = (sequences, kernel size - 1, channels), got "
+            f"{tuple(tail.shape)}."
         )
     if choose_backend("causal_conv", backend, lambda: "torch") == "reference":
         return causal_conv_reference(x, weight, bias, activation, tail, lengths)

@@ -8,7 +8,12 @@ from torch import Tensor
 
 
 def causal_conv_torch(
-    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, tail: Tensor, lengths: tuple[int, ...] | None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    tail: Tensor,
+    lengths: tuple[int, ...] | None,
 ) -> tuple[Tensor, Tensor]:
     """Shifted form of `memzoo.kernels.causal_conv`; `lengths` is None for a dense batch."""
     acc = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -30,7 +35,9 @@ def causal_conv_torch(
             ends.append(torch.arange(start - num_before, start))
         keep = torch.cat(starts).to(x.device)
         y = full.index_select(1, keep)
-        new_tail = padded[0].index_select(0, torch.cat(ends).to(x.device)).view(len(lengths), num_before, x.shape[2])
+        new_tail = (
+            padded[0].index_select(0, torch.cat(ends).to(x.device)).view(len(lengths), num_before, x.shape[2])
+        )
     if bias is not None:
         y = y + bias.to(acc)
     if activation == "silu":

@@ -1,6 +1,6 @@
 """Depthwise causal convolution by the definition, token by token.
 
-    y_t = sum_{i=0..K-1} w_i x_{t-K+1+i} + bias,   x = 0 (or the tail) before the first token
+y_t = sum_{i=0..K-1} w_i x_{t-K+1+i} + bias,   x = 0 (or the tail) before the first token
 """
 
 import torch
@@ -11,9 +11,14 @@ from torch import Tensor
 
 
 def causal_conv_reference(
-    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, tail: Tensor, lengths: tuple[int, ...]
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    tail: Tensor,
+    lengths: tuple[int, ...],
 ) -> tuple[Tensor, Tensor]:
-    """The definition of `memzoo.kernels.causal_conv`; arguments are already checked and `tail` is always given."""
+    """The definition of `memzoo.kernels.causal_conv` on checked arguments; `tail` is always given."""
     acc = torch.float64 if x.dtype == torch.float64 else torch.float32
     kernel_size = weight.shape[1]
     outputs, tails = [], []

@@ -1,4 +1,4 @@
-"""Linear attention: one recurrence with a matrix state per head, decay none or per head, optional normaliser."""
+"""Linear attention: a matrix state per head, decay none or per head, optional normaliser."""
 
 import torch
 from torch import Tensor
@@ -12,7 +12,8 @@ from .types import LinearState
 
 __all__ = ["LinearState", "linear_attention"]
 
-# Dimensions: B batch, T tokens, N sequences, H query heads, Hk key heads, HV value heads, K key width, V value width
+# Dimensions: B batch, T tokens, N sequences, H query heads, Hk key heads, HV value heads, K key width, V
+# value width
 
 
 def linear_attention(
@@ -35,8 +36,9 @@ def linear_attention(
         S_t = exp(g_t) S_{t-1} + k_t v_t^T,   o_t = (scale q_t) S_t
         with normalize:  n_t = exp(g_t) n_{t-1} + k_t,   o_t = (scale q_t) S_t / ((scale q_t) . n_t + eps)
 
-    Heads may be grouped on one side: several value heads per query and key head (H = Hk, HV a multiple of it), or several
-    query heads per key and value head (Hk = HV, H a multiple of it). Sums are float32 (float64 for float64 input).
+    Heads may be grouped on one side: several value heads per query and key head (H = Hk, HV a multiple of
+    it), or several query heads per key and value head (Hk = HV, H a multiple of it). Sums are float32
+    (float64 for float64 input).
 
     Args:
         q: (B, T, H, K); T = 0 is allowed.
@@ -48,8 +50,8 @@ def linear_attention(
         eps: added to the weight before the division.
         initial_state: state of the tokens read before, one row per sequence; None for none.
         return_state: also return the state after the last token.
-        cu_seqlens: (N+1,) int64 CPU boundaries of a packed row (B = 1); nothing passes a boundary. Sequences without
-            tokens are allowed and return their state unchanged.
+        cu_seqlens: (N+1,) int64 CPU boundaries of a packed row (B = 1); nothing passes a boundary. Sequences
+            without tokens are allowed and return their state unchanged.
         chunk_size: tokens handled by one block of matmuls; changes speed, not the result.
         backend: "auto", "reference", "torch" or "fla".
 
@@ -57,8 +59,8 @@ def linear_attention(
         The output (B, T, max(H, HV), V) in the dtype of q, and the state or None.
 
     Raises:
-        ValueError: sizes that do not agree, g above 0, a state of another number of sequences, or a normalised call
-            that continues a state without normaliser.
+        ValueError: sizes that do not agree, g above 0, a state of another number of sequences, or a
+            normalised call that continues a state without normaliser.
     """
     for name, x in (("q", q), ("k", k), ("v", v)):
         check_rank(name, x, "(B, T, H, K)")
@@ -118,16 +120,20 @@ def _check_decay(g: Tensor, q: Tensor, k: Tensor, v: Tensor, normalize: bool) ->
     num_key_heads, num_value_heads = k.shape[2], v.shape[2]
     if g.dim() != 3 or g.shape[:2] != q.shape[:2] or g.shape[2] not in (num_key_heads, num_value_heads):
         raise ValueError(
-            f"g must have shape {(*q.shape[:2], num_key_heads)} or {(*q.shape[:2], num_value_heads)}: one log-decay per "
+            f"g must have shape {(*q.shape[:2], num_key_heads)} or {(*q.shape[:2], num_value_heads)}: one "
+            "log-decay per "
             f"token and key or value head, got {tuple(g.shape)}."
         )
     if normalize and g.shape[2] != num_key_heads:
         raise ValueError(
-            f"normalize needs one decay per key head ({num_key_heads}), because the normaliser is a sum of keys, "
+            f"normalize needs one decay per key head ({num_key_heads}), because the normaliser is a sum of "
+            "keys, "
             f"got {g.shape[2]}."
         )
     if not torch.compiler.is_compiling() and g.device.type == "cpu" and g.numel() and g.detach().amax() > 0:
-        raise ValueError(f"g is a log-decay and must be at most 0, got a maximum of {g.detach().amax().item():.6g}.")
+        raise ValueError(
+            f"g is a log-decay and must be at most 0, got a maximum of {g.detach().amax().item():.6g}."
+        )
 
 
 def _check_state(
@@ -136,7 +142,8 @@ def _check_state(
     expected = (num_sequences, v.shape[2], k.shape[3], v.shape[3])
     if tuple(state.memory.shape) != expected:
         raise ValueError(
-            f"initial_state.memory must have shape {expected} = (sequences, value heads, key width, value width), got "
+            f"initial_state.memory must have shape {expected} = (sequences, value heads, key width, value "
+            "width), got "
             f"{tuple(state.memory.shape)}. Select the rows of the state that continue in this call."
         )
     if normalize and state.normalizer is None:
@@ -144,11 +151,15 @@ def _check_state(
             "normalize=True continues a sum of keys, but initial_state has only its memory. "
             "Give LinearState(memory, normalizer), or start with initial_state=None."
         )
-    expected = (num_sequences, k.shape[2], k.shape[3])
-    if normalize and state.normalizer is not None and tuple(state.normalizer.shape) != expected:
+    expected_normalizer = (num_sequences, k.shape[2], k.shape[3])
+    if normalize and state.normalizer is not None and tuple(state.normalizer.shape) != expected_normalizer:
         raise ValueError(
-            f"initial_state.normalizer must have shape {expected} = (sequences, key heads, key width), got "
-            f"{tuple(state.normalizer.shape)}."
+            f"initial_state.normalizer must have shape {expected_normalizer} = "
+            f"(sequences, key heads, key width), got {tuple(state.normalizer.shape)}."
         )
-    if state.memory.dtype != acc or (normalize and state.normalizer is not None and state.normalizer.dtype != acc):
-        raise ValueError(f"the state of a call with {k.dtype} inputs must be {acc}, got {state.memory.dtype}.")
+    if state.memory.dtype != acc or (
+        normalize and state.normalizer is not None and state.normalizer.dtype != acc
+    ):
+        raise ValueError(
+            f"the state of a call with {k.dtype} inputs must be {acc}, got {state.memory.dtype}."
+        )

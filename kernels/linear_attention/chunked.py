@@ -1,6 +1,7 @@
 """Linear attention in chunks: matmuls inside a chunk and one scan over the states between chunks.
 
-With G_i the sum of log-decays in a chunk up to and including token i, S the state entering the chunk and A its C x C
+With G_i the sum of log-decays in a chunk up to and including token i, S the state entering the chunk and A
+its C x C
 lower triangle (diagonal included):
 
     A_ij = (scale q_i . k_j) exp(G_i - G_j)        o_i = exp(G_i) (scale q_i) S + sum_j A_ij v_j
@@ -10,15 +11,14 @@ Every exponent is at most 0, and what lies above the diagonal is masked before t
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..layout import ChunkLayout
 from .types import LinearState
 
-# Dimensions: B batch, T tokens, N sequences, H query heads, Hk key heads, HV value heads, G value heads per key head,
-# R query heads per key head, K key width, V value width of a key head (grouped value heads lie side by side),
-# X rows of heads, n chunks, C chunk length
+# Dimensions: B batch, T tokens, N sequences, H query heads, Hk key heads, HV value heads, G value heads per
+# key head, R query heads per key head, K key width, V value width of a key head (grouped value heads lie side
+# by side), X rows of heads, n chunks, C chunk length
 
 _SCAN_BLOCK = 16
 
@@ -65,7 +65,9 @@ def linear_attention_torch(
         scores = (scores.unflatten(2, (num_repeats, -1)) * causal).flatten(2, 3)
     else:
         future = torch.ones(layout.chunk_size, layout.chunk_size, dtype=torch.bool, device=q.device).triu(1)
-        decay = (g_grid[..., :, None] - g_grid[..., None, :]).masked_fill(future, float("-inf")).exp()  # (X, n, C, C)
+        decay = (
+            (g_grid[..., :, None] - g_grid[..., None, :]).masked_fill(future, float("-inf")).exp()
+        )  # (X, n, C, C)
         scores = (scores.unflatten(2, (num_repeats, -1)) * decay.unsqueeze(2)).flatten(2, 3)
         end = g_grid[..., -1]  # (X, n)
         k_write = k_grid * (end[..., None] - g_grid).exp()[..., None]
@@ -83,7 +85,9 @@ def linear_attention_torch(
         entering, final_memory = grid.scan(writes, end, memory)
         output = output + q_read @ entering
     if normalize and layout.total_chunks:
-        entering, final_normalizer = grid.scan(k_write.sum(2)[..., None], end, None if normalizer is None else normalizer[..., None])
+        entering, final_normalizer = grid.scan(
+            k_write.sum(2)[..., None], end, None if normalizer is None else normalizer[..., None]
+        )
         weight = scores.sum(-1, keepdim=True) + q_read @ entering  # (X, n, R C, 1)
         output = torch.cat([output, weight], -1)
     result = grid.tokens(output.unflatten(2, (num_repeats, -1)))  # (L, Hk, R, V)
@@ -94,9 +98,17 @@ def linear_attention_torch(
     if not return_state:
         return result, None
     if final_memory is None:
-        final_memory = memory if memory is not None else v_grid.new_zeros(len(lengths), num_key_heads, k.shape[3], num_groups * v.shape[3])
+        final_memory = (
+            memory
+            if memory is not None
+            else v_grid.new_zeros(len(lengths), num_key_heads, k.shape[3], num_groups * v.shape[3])
+        )
     if normalize and final_normalizer is None:
-        final_normalizer = normalizer[..., None] if normalizer is not None else k_grid.new_zeros(len(lengths), num_key_heads, k.shape[3], 1)
+        final_normalizer = (
+            normalizer[..., None]
+            if normalizer is not None
+            else k_grid.new_zeros(len(lengths), num_key_heads, k.shape[3], 1)
+        )
     final_memory = final_memory.unflatten(3, (num_groups, -1)).transpose(2, 3).flatten(1, 2)
     return result, LinearState(final_memory, None if final_normalizer is None else final_normalizer[..., 0])
 
@@ -104,7 +116,8 @@ def linear_attention_torch(
 class _Grid:
     """Tokens on a grid of chunks with heads in front, and the scan over the chunks of each sequence.
 
-    Dense: X = B * Hk rows of n chunks, all sequences of one length. Packed: X = Hk rows that hold the chunks of all
+    Dense: X = B * Hk rows of n chunks, all sequences of one length. Packed: X = Hk rows that hold the chunks
+        of all
     sequences one after the other.
     """
 
@@ -137,14 +150,20 @@ class _Grid:
         """
         if self.is_packed:
             return self._scan_packed(writes, log_decay, initial)
-        first = writes.new_zeros(writes.shape[0], 1, *writes.shape[2:]) if initial is None else initial.flatten(0, 1)[:, None]
+        first = (
+            writes.new_zeros(writes.shape[0], 1, *writes.shape[2:])
+            if initial is None
+            else initial.flatten(0, 1)[:, None]
+        )
         if log_decay is None:
             states = torch.cat([first, writes], 1).cumsum(1)
         else:
             states = _decayed_scan(writes, log_decay, first)
         return states[:, :-1], states[:, -1].unflatten(0, (self.batch_size, -1))
 
-    def _scan_packed(self, writes: Tensor, log_decay: Tensor | None, initial: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _scan_packed(
+        self, writes: Tensor, log_decay: Tensor | None, initial: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         # Step i takes the i-th chunk of every sequence that has one: sequences never meet in one sum.
         counts, starts = self.layout.num_chunks, self.layout.chunk_starts
         order = sorted(range(len(counts)), key=lambda n: -counts[n])
@@ -175,8 +194,8 @@ class _Grid:
 
 
 def _decayed_scan(writes: Tensor, log_decay: Tensor, first: Tensor) -> Tensor:
-    """States before each chunk and after the last, (X, n + 1, K, V), for log_decay (X, n) and first (X, 1, K, V)."""
+    """States before each chunk and after the last, (X, n + 1, K, V), from first (X, 1, K, V)."""
     states = [first]
-    for write, decay in zip(writes.unbind(1), log_decay.exp().unbind(1)):
+    for write, decay in zip(writes.unbind(1), log_decay.exp().unbind(1), strict=True):
         states.append(states[-1] * decay[:, None, None, None] + write[:, None])
     return torch.cat(states, 1)

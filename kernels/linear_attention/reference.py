@@ -1,9 +1,9 @@
 """Linear attention by the definition, token by token (additive rule of the recurrence).
 
-    S_t = exp(g_t) S_{t-1} + k_t v_t^T
-    n_t = exp(g_t) n_{t-1} + k_t
-    o_t = (scale q_t) S_t                      without normaliser
-    o_t = (scale q_t) S_t / ((scale q_t) . n_t + eps)
+S_t = exp(g_t) S_{t-1} + k_t v_t^T
+n_t = exp(g_t) n_{t-1} + k_t
+o_t = (scale q_t) S_t                      without normaliser
+o_t = (scale q_t) S_t / ((scale q_t) . n_t + eps)
 """
 
 import torch
@@ -11,7 +11,8 @@ from torch import Tensor
 
 from .types import LinearState
 
-# Dimensions: B batch, T tokens, N sequences, H query heads, Hk key heads, HV value heads, K key width, V value width
+# Dimensions: B batch, T tokens, N sequences, H query heads, Hk key heads, HV value heads, K key width, V
+# value width
 
 
 def linear_attention_reference(
@@ -50,7 +51,9 @@ def linear_attention_reference(
             out = torch.einsum("hk,hkv->hv", _repeat(q_t, out_heads) * scale, _repeat(memory, out_heads))
             if normalize:
                 normalizer = normalizer + k_t  # (Hk, K)
-                weight = torch.einsum("hk,hk->h", _repeat(q_t, out_heads) * scale, _repeat(normalizer, out_heads))
+                weight = torch.einsum(
+                    "hk,hk->h", _repeat(q_t, out_heads) * scale, _repeat(normalizer, out_heads)
+                )
                 out = out / (weight[:, None] + eps)
             outputs.append(out)
         memories.append(memory)
