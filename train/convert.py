@@ -1,0 +1,264 @@
+"""Conversion from a pretrained model to a hybrid, with the control that says whether its memory earns its place.
+
+One recipe: surgery, alignment of each new mixer with the attention it replaces, low-rank tune of the whole model. The control
+goes through the same tokens in the same order with the same number of trainable parameters, but has no memory: its mixers are a
+window with the same sinks, and all of its steps are low-rank tune.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer, seed_everything
+
+from ..layers.contract import suggest
+from ..models.conversion import ParityReport, check_parity, convert_mixers
+from ..models.decoder import MemoryLM
+from .callbacks import TrainingProgress
+from .data.batches import TokenBatch
+from .data.text import TextDataModule
+from .distillation import AlignmentModule, DistillModule, lora_size, low_rank_updates
+from .optim import OptimizerConfig
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConversionRecipe:
+    """A staged conversion, as data.
+
+    Attributes:
+        target: the new mixer, `{type: ..., ...}`; heads and positions come from the attention it replaces.
+        layers: blocks to convert; None converts all.
+        texts, files: training text, bundled names and local files.
+        seq_len, batch_size: tokens per window, windows per step.
+        align_steps, align_lr: stage 1, trains only parameters that the source does not have.
+        tune_steps, tune_lr: stage 2, low-rank updates.
+        new_lr_scale: rate of the new parameters in stage 2 as a share of tune_lr; 0 freezes them.
+        lora_rank, lora_targets: size and place of the updates of the hybrid.
+        kl_weight, ce_weight: losses of stage 2.
+        seed: of initialisation and data order.
+    """
+
+    target: Mapping[str, Any] = field(
+        default_factory=lambda: {"type": "lolcats", "window_size": 64, "num_sinks": 4, "feature_dim": 64}
+    )
+    layers: Sequence[int] | None = None
+    texts: Sequence[str] = ("state_of_the_union",)
+    files: Sequence[str] = ()
+    seq_len: int = 1024
+    batch_size: int = 1
+    align_steps: int = 40
+    align_lr: float = 1e-2
+    tune_steps: int = 40
+    tune_lr: float = 1e-3
+    new_lr_scale: float = 1.0
+    lora_rank: int = 8
+    lora_targets: Sequence[str] = ("q_proj", "k_proj", "v_proj", "o_proj")
+    kl_weight: float = 1.0
+    ce_weight: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if "type" not in self.target:
+            raise ValueError(f"the target of a conversion needs a type, got the keys {sorted(self.target)}.")
+        for name in ("seq_len", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        for name in ("align_steps", "tune_steps", "lora_rank", "new_lr_scale"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}.")
+
+
+@dataclass
+class Conversion:
+    """A converted model with what is known about it.
+
+    Attributes:
+        model: the hybrid, in the dtype of its source.
+        report: what the surgery did and its parity checks.
+        num_trained: trainable numbers of both stages together.
+        num_tokens: tokens of training text read.
+        seconds: duration of each stage.
+    """
+
+    model: MemoryLM
+    report: ParityReport
+    num_trained: int
+    num_tokens: int
+    seconds: dict[str, float]
+
+
+def run_recipe(
+    teacher: MemoryLM, tokenizer: str, recipe: ConversionRecipe, *, progress: bool = True, accelerator: str = "auto"
+) -> Conversion:
+    """Surgery and both stages.
+
+    Args:
+        teacher: the pretrained model (float32 or bfloat16); it is not changed.
+        tokenizer: folder or .gguf file of its tokenizer.
+        progress: show a progress bar.
+
+    Raises:
+        ValueError: a target or layers that do not fit the teacher, or text too short for one window.
+    """
+    seed_everything(recipe.seed, verbose=False)
+    data = _data(tokenizer, recipe)
+    student, report = convert_mixers(teacher, recipe.target, recipe.layers)
+    check_parity(teacher, student, report, _first_window(data))
+    report.raise_on_failure()
+    dtype = teacher.embed_tokens.weight.dtype
+    frozen_teacher = copy.deepcopy(teacher).to(torch.bfloat16)
+    student = student.to(torch.bfloat16)
+    seconds, fresh = {}, list(report.new_parameters)
+
+    clock = time.monotonic()
+    with low_rank_updates(student, rank=0, alpha=0, targets=(), also_train=fresh) as (_, num_new):
+        if recipe.align_steps and fresh:
+            optimizer = OptimizerConfig(lr=recipe.align_lr, weight_decay=0.0, warmup_steps=_warmup(recipe.align_steps))
+            module = AlignmentModule(student, frozen_teacher, report.layers, optimizer)
+            _fit(module, data, recipe.align_steps, "align", progress, accelerator)
+    seconds["align"] = time.monotonic() - clock
+
+    clock = time.monotonic()
+    trained_fresh = fresh if recipe.new_lr_scale else []
+    num_lora = recipe.lora_rank * lora_size(student, recipe.lora_targets)
+    _tune(student, frozen_teacher, recipe, recipe.lora_rank, recipe.tune_steps, data, progress, accelerator, trained_fresh)
+    seconds["tune"] = time.monotonic() - clock
+    return Conversion(
+        model=student.to(dtype).requires_grad_(True),
+        report=report,
+        num_trained=num_new + num_lora,
+        num_tokens=(recipe.align_steps + recipe.tune_steps) * recipe.batch_size * recipe.seq_len,
+        seconds=seconds,
+    )
+
+
+def run_control(
+    teacher: MemoryLM,
+    tokenizer: str,
+    recipe: ConversionRecipe,
+    num_trained: int,
+    *,
+    progress: bool = True,
+    accelerator: str = "auto",
+) -> Conversion:
+    """The same budget without a memory: window and sinks of the recipe's target, low-rank tune over all of its steps.
+
+    Args:
+        num_trained: trainable numbers to match (rounded to the nearest rank).
+    """
+    seed_everything(recipe.seed, verbose=False)
+    data = _data(tokenizer, recipe)
+    student, report = convert_mixers(teacher, window_only(recipe.target), recipe.layers)
+    dtype = teacher.embed_tokens.weight.dtype
+    frozen_teacher = copy.deepcopy(teacher).to(torch.bfloat16)
+    student = student.to(torch.bfloat16)
+    per_rank = lora_size(student, recipe.lora_targets)
+    rank = max(1, round(num_trained / per_rank))
+    steps = recipe.align_steps + recipe.tune_steps
+    clock = time.monotonic()
+    _tune(student, frozen_teacher, recipe, rank, steps, data, progress, accelerator, [])
+    return Conversion(
+        model=student.to(dtype).requires_grad_(True),
+        report=report,
+        num_trained=rank * per_rank,
+        num_tokens=steps * recipe.batch_size * recipe.seq_len,
+        seconds={"tune": time.monotonic() - clock},
+    )
+
+
+def window_only(target: Mapping[str, Any], num_sinks: int | None = None) -> dict[str, Any]:
+    """The memoryless mixer with the window and the sinks of a target."""
+    if "window_size" not in target:
+        raise ValueError(f"the control needs a target with a window_size. {suggest('window_size', target)}")
+    sinks = target.get("num_sinks", 0) if num_sinks is None else num_sinks
+    return {"type": "sliding_window", "window_size": target["window_size"], "num_sinks": sinks}
+
+
+def _tune(
+    student: MemoryLM,
+    teacher: MemoryLM,
+    recipe: ConversionRecipe,
+    rank: int,
+    steps: int,
+    data: TextDataModule,
+    progress: bool,
+    accelerator: str,
+    also_train: Sequence[str],
+) -> None:
+    if not steps:
+        return
+    parameters = dict(student.named_parameters())
+    for name in also_train:
+        parameters[name]._lr_scale = recipe.new_lr_scale  # type: ignore[attr-defined]
+    with low_rank_updates(
+        student, rank=rank, alpha=2 * rank, targets=recipe.lora_targets, also_train=also_train
+    ) as (wrapped, _):
+        optimizer = OptimizerConfig(lr=recipe.tune_lr, weight_decay=0.0, warmup_steps=_warmup(steps))
+        module = DistillModule(wrapped, teacher, optimizer, recipe.kl_weight, recipe.ce_weight)
+        _fit(module, data, steps, "tune", progress, accelerator)
+
+
+def _fit(
+    module: LightningModule, data: TextDataModule, steps: int, name: str, progress: bool, accelerator: str
+) -> None:
+    trainer = Trainer(
+        max_steps=steps,
+        max_epochs=-1,
+        accelerator=accelerator,
+        devices=1,
+        precision="bf16-mixed",
+        gradient_clip_val=1.0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=progress,
+        callbacks=[TrainingProgress(refresh_rate=1)] if progress else None,
+        limit_val_batches=0,
+        num_sanity_val_steps=0,
+    )
+    trainer.fit(module, datamodule=data)
+    module.trainer = None  # the module outlives the trainer
+
+
+def _data(tokenizer: str, recipe: ConversionRecipe) -> TextDataModule:
+    return TextDataModule(
+        texts=tuple(recipe.texts),
+        files=tuple(recipe.files),
+        tokenizer=tokenizer,
+        seq_len=recipe.seq_len,
+        batch_size=recipe.batch_size,
+        reset_at_documents=False,
+        append_eos=False,
+        seed=recipe.seed,
+    )
+
+
+def _first_window(data: TextDataModule) -> torch.Tensor:
+    data.setup()
+    batch: TokenBatch = next(iter(data.train_dataloader()))
+    return batch.input_ids[:1]
+
+
+def _warmup(steps: int) -> int:
+    return min(10, steps // 10)
+
+
+def recipe_dict(recipe: ConversionRecipe) -> dict[str, Any]:
+    """The recipe as plain data for a record."""
+    return asdict(recipe) | {"target": dict(recipe.target)}
+
+
+def write_folder(path: str | Path) -> Path:
+    """Checks early that results can be written to `path`, before any work."""
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
