@@ -1,6 +1,7 @@
 """Softmax attention over the whole past.
 
-    o_t = sum_{j <= t} softmax_j(q_t . k_j / sqrt(D)) v_j        (Vaswani et al., 2017; grouped heads: Ainslie et al., 2023)
+    o_t = sum_{j <= t} softmax_j(q_t . k_j / sqrt(D)) v_j        (Vaswani et al., 2017; grouped heads: Ainslie
+    et al., 2023)
 
 State: the keys and values of every token read, in the dtype of the activations; grows with the sequence.
 """
@@ -19,7 +20,8 @@ from .contract import LayerOutput, SequenceContext
 from .parts.attention_base import AttentionBase, HeadsConfig
 from .parts.kv_cache import GrowingCache, growing_slots
 
-# Dimensions: B batch, T tokens, N sequences, H query heads, G key/value heads, D head width, P slots of the cache
+# Dimensions: B batch, T tokens, N sequences, H query heads, G key/value heads, D head width, P slots of the
+# cache
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from .attention import Attention, AttentionConfig
 from .contract import MixerConfig, TokenMixer, suggest
+from .sliding_window import SlidingWindowAttention, SlidingWindowConfig
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,8 @@ def register_mixer(
     """
     if name in _MIXERS:
         raise ValueError(
-            f"a mixer named {name!r} is registered already ({_MIXERS[name].mixer.__name__}). Choose another name."
+            f"a mixer named {name!r} is registered already ({_MIXERS[name].mixer.__name__}). Choose another "
+            "name."
         )
     _MIXERS[name] = MixerEntry(mixer, config, dict(preset or {}))
 
@@ -52,7 +55,8 @@ def mixer_config(values: Mapping[str, Any] | MixerConfig) -> MixerConfig:
     """Builds a config, inner mixers included, from plain data such as a YAML section.
 
     Args:
-        values: `{"type": name, field: value, ...}`; a field `mixers` holds the configs of inner mixers, which inherit `d_model`.
+        values: `{"type": name, field: value, ...}`; a field `mixers` holds the configs of inner mixers, which
+            inherit `d_model`.
 
     Raises:
         ValueError: unknown type or key (the nearest is suggested), a missing key, or a value out of range.
@@ -61,7 +65,8 @@ def mixer_config(values: Mapping[str, Any] | MixerConfig) -> MixerConfig:
         return values
     if "type" not in values:
         raise ValueError(
-            f"a mixer config needs a type, got the keys {sorted(values)}. Add one of: {', '.join(list_mixers())}."
+            f"a mixer config needs a type, got the keys {sorted(values)}. Add one of: "
+            f"{', '.join(list_mixers())}."
         )
     entry = mixer_entry(values["type"])
     merged: dict[str, Any] = {**entry.preset, **values}
@@ -86,3 +91,7 @@ def build_mixer(config: Mapping[str, Any] | MixerConfig) -> TokenMixer:
     if inner is None:
         return cls(config)
     return cls(config, [build_mixer(item) for item in inner])  # type: ignore[call-arg]  # composite mixers
+
+
+register_mixer("attention", Attention, AttentionConfig)
+register_mixer("sliding_window", SlidingWindowAttention, SlidingWindowConfig)

@@ -2,7 +2,8 @@
 
     token i sees token j  iff  j <= i  and  (i - j < W  or  j < S)        (W counts the token itself)
 
-Sources: sliding window, Beltagy et al. 2020 (2004.05150); sinks, Xiao et al. 2023 (2309.17453), here with unchanged positions.
+Sources: sliding window, Beltagy et al. 2020 (2004.05150); sinks, Xiao et al. 2023 (2309.17453), here with
+unchanged positions.
 State: keys and values of S + W tokens, in the dtype of the activations; constant.
 """
 
@@ -20,7 +21,8 @@ from .contract import LayerOutput, SequenceContext
 from .parts.attention_base import AttentionBase, HeadsConfig, check_window, overridden_window
 from .parts.kv_cache import WindowCache
 
-# Dimensions: B batch, T tokens, N sequences, H query heads, G key/value heads, D head width, W window, S sinks
+# Dimensions: B batch, T tokens, N sequences, H query heads, G key/value heads, D head width, W window, S
+# sinks
 
 
 @dataclass(frozen=True, kw_only=True)

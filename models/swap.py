@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,8 @@ def swap(model: PreTrainedModel, mixers: Mapping[int, Mapping[str, Any] | MixerC
 
     Args:
         model: a transformers model of a Llama-style family.
-        mixers: layer number -> mixer entry; heads, rotary positions and biases are those of the layer unless given.
+        mixers: layer number -> mixer entry; heads, rotary positions and biases are those of the layer unless
+            given.
 
     Returns:
         the same model.
@@ -46,25 +47,36 @@ def swap(model: PreTrainedModel, mixers: Mapping[int, Mapping[str, Any] | MixerC
             raise ValueError(f"layer {index} does not exist. Give numbers from 0 to {len(layers) - 1}.")
         if not isinstance(entry, MixerConfig):
             known = {item.name for item in dataclasses.fields(mixer_entry(str(entry.get("type"))).config)}
-            inherited = {name: value for name, value in source.mixers[index].to_dict().items() if name in known}
+            inherited = {
+                name: value for name, value in source.mixers[index].to_dict().items() if name in known
+            }
             entry = mixer_config({**inherited, **entry})
         mixer = build_mixer(entry)
         if mixer.owns_norm or mixer.needs:
-            raise ValueError(f"mixer {entry.type!r} needs more than hidden states and cannot stand in a plain transformers model.")
+            raise ValueError(
+                f"mixer {entry.type!r} needs more than hidden states and cannot stand in a "
+                "plain transformers model."
+            )
         built[index] = mixer
     for index, mixer in built.items():
-        attention = layers[index].self_attn
+        attention = cast(nn.Module, layers[index].self_attn)
         weights = attention.state_dict()
         own = mixer.state_dict()
-        taken = {name: value for name, value in weights.items() if name in own and own[name].shape == value.shape}
+        taken = {
+            name: value for name, value in weights.items() if name in own and own[name].shape == value.shape
+        }
         mixer.load_state_dict({**own, **taken})
         first = next(attention.parameters())
-        layers[index].self_attn = SwappedMixer(mixer.to(first.device, first.dtype).train(attention.training), index)
+        layers[index].self_attn = SwappedMixer(
+            mixer.to(first.device, first.dtype).train(attention.training), index
+        )
     return model
 
 
 class SwappedMixer(nn.Module):
-    """Stands where a transformers layer expects its attention; its state lives in the cache that `generate` passes on."""
+    """Stands where a transformers layer expects its attention; its state lives in the cache that `generate`
+    passes on.
+    """
 
     def __init__(self, mixer: TokenMixer, layer_idx: int) -> None:
         super().__init__()
@@ -78,7 +90,9 @@ class SwappedMixer(nn.Module):
         past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
-        """hidden_states (B, T, M) -> ((B, T, M), None); positions are counted by the state, padding is read off the mask."""
+        """hidden_states (B, T, M) -> ((B, T, M), None); positions are counted by the state, padding is read
+        off the mask.
+        """
         mask = _real_tokens(attention_mask, hidden_states.shape[1])
         if past_key_values is None:
             return self.mixer(hidden_states, mask=mask).hidden, None
@@ -112,7 +126,9 @@ class MemoryCacheLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         raise NotImplementedError("a memory layer holds no keys and values")
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
         raise NotImplementedError("a memory layer holds no keys and values")
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -155,7 +171,10 @@ class MemoryCacheLayer(CacheLayerMixin):
 
 def _memory_layer(cache: Cache, index: int) -> MemoryCacheLayer:
     if not hasattr(cache, "layers"):
-        raise ValueError(f"swapped layers need a transformers Cache with layers, got {type(cache).__name__}. Use DynamicCache.")
+        raise ValueError(
+            f"swapped layers need a transformers Cache with layers, got {type(cache).__name__}. "
+            "Use DynamicCache."
+        )
     while len(cache.layers) <= index:
         cache.layers.append(DynamicLayer())
     if not isinstance(cache.layers[index], MemoryCacheLayer):
@@ -164,7 +183,8 @@ def _memory_layer(cache: Cache, index: int) -> MemoryCacheLayer:
 
 
 def _real_tokens(attention_mask: Tensor | None, length: int) -> Tensor | None:
-    """(B, T) which tokens of the call are real, from a 2-D padding mask or a 4-D attention mask (boolean or additive).
+    """(B, T) which tokens of the call are real, from a 2-D padding mask or a 4-D attention mask (boolean or
+    additive).
 
     In a 4-D mask a token is real when it may see itself: padded keys are hidden from everybody.
     """
@@ -180,7 +200,8 @@ def _decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     layers = getattr(getattr(model, "model", None), "layers", None)
     if not isinstance(layers, nn.ModuleList) or not len(layers) or not hasattr(layers[0], "self_attn"):
         raise ValueError(
-            f"swap knows models whose layers stand in model.model.layers[i].self_attn, got {type(model).__name__}. "
+            "swap knows models whose layers stand in model.model.layers[i].self_attn, got "
+            f"{type(model).__name__}. "
             "Use build_mixer and place the layer yourself."
         )
     return layers

@@ -1,7 +1,10 @@
-"""Conversion from a pretrained model to a hybrid, with the control that says whether its memory earns its place.
+"""Conversion from a pretrained model to a hybrid, with the control that says whether its memory earns its
+place.
 
-One recipe: surgery, alignment of each new mixer with the attention it replaces, low-rank tune of the whole model. The control
-goes through the same tokens in the same order with the same number of trainable parameters, but has no memory: its mixers are a
+One recipe: surgery, alignment of each new mixer with the attention it replaces, low-rank tune of the whole
+model. The control
+goes through the same tokens in the same order with the same number of trainable parameters, but has no
+memory: its mixers are a
 window with the same sinks, and all of its steps are low-rank tune.
 """
 
@@ -97,7 +100,12 @@ class Conversion:
 
 
 def run_recipe(
-    teacher: MemoryLM, tokenizer: str, recipe: ConversionRecipe, *, progress: bool = True, accelerator: str = "auto"
+    teacher: MemoryLM,
+    tokenizer: str,
+    recipe: ConversionRecipe,
+    *,
+    progress: bool = True,
+    accelerator: str = "auto",
 ) -> Conversion:
     """Surgery and both stages.
 
@@ -122,7 +130,9 @@ def run_recipe(
     clock = time.monotonic()
     with low_rank_updates(student, rank=0, alpha=0, targets=(), also_train=fresh) as (_, num_new):
         if recipe.align_steps and fresh:
-            optimizer = OptimizerConfig(lr=recipe.align_lr, weight_decay=0.0, warmup_steps=_warmup(recipe.align_steps))
+            optimizer = OptimizerConfig(
+                lr=recipe.align_lr, weight_decay=0.0, warmup_steps=_warmup(recipe.align_steps)
+            )
             module = AlignmentModule(student, frozen_teacher, report.layers, optimizer)
             _fit(module, data, recipe.align_steps, "align", progress, accelerator)
     seconds["align"] = time.monotonic() - clock
@@ -130,7 +140,17 @@ def run_recipe(
     clock = time.monotonic()
     trained_fresh = fresh if recipe.new_lr_scale else []
     num_lora = recipe.lora_rank * lora_size(student, recipe.lora_targets)
-    _tune(student, frozen_teacher, recipe, recipe.lora_rank, recipe.tune_steps, data, progress, accelerator, trained_fresh)
+    _tune(
+        student,
+        frozen_teacher,
+        recipe,
+        recipe.lora_rank,
+        recipe.tune_steps,
+        data,
+        progress,
+        accelerator,
+        trained_fresh,
+    )
     seconds["tune"] = time.monotonic() - clock
     return Conversion(
         model=student.to(dtype).requires_grad_(True),
@@ -150,7 +170,8 @@ def run_control(
     progress: bool = True,
     accelerator: str = "auto",
 ) -> Conversion:
-    """The same budget without a memory: window and sinks of the recipe's target, low-rank tune over all of its steps.
+    """The same budget without a memory: window and sinks of the recipe's target, low-rank tune over all of
+    its steps.
 
     Args:
         num_trained: trainable numbers to match (rounded to the nearest rank).

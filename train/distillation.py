@@ -1,7 +1,10 @@
-"""Lightning modules of conversion: align each new mixer with the attention it replaces, then tune the whole model.
+"""Lightning modules of conversion: align each new mixer with the attention it replaces, then tune the whole
+model.
 
-Stage 1 (attention transfer, Zhang et al. 2024, arXiv 2410.10254): every new mixer is given the teacher's hidden states of its
-own layer, so errors do not add up and layers do not see one another. Stage 2: the student runs on its own states and learns the
+Stage 1 (attention transfer, Zhang et al. 2024, arXiv 2410.10254): every new mixer is given the teacher's
+hidden states of its
+own layer, so errors do not add up and layers do not see one another. Stage 2: the student runs on its own
+states and learns the
 teacher's next-token distribution through low-rank updates of its projections.
 """
 
@@ -34,7 +37,9 @@ class StudentModule(LightningModule):
     def __init__(self, student: nn.Module, teacher: MemoryLM, optimizer: OptimizerConfig) -> None:
         super().__init__()
         self.student = student
-        self._teacher = [teacher.requires_grad_(False).eval()]  # in a list: neither saved nor trained with the student
+        self._teacher = [
+            teacher.requires_grad_(False).eval()
+        ]  # in a list: neither saved nor trained with the student
         self.optimizer_config = optimizer
 
     @property
@@ -52,9 +57,11 @@ class StudentModule(LightningModule):
 
 
 class AlignmentModule(StudentModule):
-    """Stage 1: relative squared error between the outputs of old and new mixers on the teacher's hidden states.
+    """Stage 1: relative squared error between the outputs of old and new mixers on the teacher's hidden
+    states.
 
-    The error of a layer is divided by the mean square of the teacher's output, so that a loud layer does not drown the others.
+    The error of a layer is divided by the mean square of the teacher's output, so that a loud layer does not
+    drown the others.
 
     Args:
         layers: blocks that were converted; only their mixers are read.
@@ -100,7 +107,9 @@ class DistillModule(StudentModule):
     ) -> None:
         super().__init__(student, teacher, optimizer)
         if kl_weight < 0 or ce_weight < 0 or kl_weight + ce_weight == 0:
-            raise ValueError(f"kl_weight and ce_weight must be >= 0 and not both 0, got {kl_weight} and {ce_weight}.")
+            raise ValueError(
+                f"kl_weight and ce_weight must be >= 0 and not both 0, got {kl_weight} and {ce_weight}."
+            )
         self.kl_weight, self.ce_weight = kl_weight, ce_weight
 
     def training_step(self, batch: TokenBatch, batch_idx: int) -> Tensor:
@@ -113,7 +122,9 @@ class DistillModule(StudentModule):
             self.log("kl", kl, prog_bar=True, batch_size=batch.num_rows)
             loss = loss + self.kl_weight * kl
         if self.ce_weight:
-            ce = F.cross_entropy(logits.flatten(0, 1).float(), batch.labels.flatten(), ignore_index=IGNORE_INDEX)
+            ce = F.cross_entropy(
+                logits.flatten(0, 1).float(), batch.labels.flatten(), ignore_index=IGNORE_INDEX
+            )
             self.log("ce", ce, prog_bar=True, batch_size=batch.num_rows)
             loss = loss + self.ce_weight * ce
         return loss
@@ -122,10 +133,12 @@ class DistillModule(StudentModule):
 def distillation_loss(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
     """Mean over tokens of KL(teacher || student), temperature 1, in float32.
 
-    The logits are processed in slices that are recomputed in the backward pass, so no float32 copy of all of them is kept.
+    The logits are processed in slices that are recomputed in the backward pass, so no float32 copy of all of
+    them is kept.
 
     Args:
-        student_logits, teacher_logits: (B, T, V). Vocabularies may differ by padding at the end; the surplus is ignored.
+        student_logits, teacher_logits: (B, T, V). Vocabularies may differ by padding at the end; the surplus
+            is ignored.
     """
     width = min(student_logits.shape[-1], teacher_logits.shape[-1])
     student = student_logits[..., :width].flatten(0, 1)
@@ -158,7 +171,9 @@ def freeze_except(model: nn.Module, names: Iterable[str]) -> int:
             parameter.data = parameter.data.float()
             count += parameter.numel()
     if wanted:
-        raise ValueError(f"the model has no parameters {sorted(wanted)[:5]}. Take names from model.named_parameters().")
+        raise ValueError(
+            f"the model has no parameters {sorted(wanted)[:5]}. Take names from model.named_parameters()."
+        )
     return count
 
 
@@ -166,7 +181,8 @@ def freeze_except(model: nn.Module, names: Iterable[str]) -> int:
 def low_rank_updates(
     model: MemoryLM, *, rank: int, alpha: float, targets: Sequence[str], also_train: Iterable[str] = ()
 ) -> Iterator[tuple[nn.Module, int]]:
-    """Trains low-rank updates (Hu et al. 2021, through peft) of the named projections; on leaving they are merged into them.
+    """Trains low-rank updates (Hu et al. 2021, through peft) of the named projections; on leaving they are
+    merged into them.
 
     Args:
         rank: of the updates. 0 adds none.

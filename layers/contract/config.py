@@ -59,7 +59,8 @@ class MixerConfig:
         for key in values:
             if key not in fields:
                 raise ValueError(
-                    f"unknown key {key!r} for mixer {values.get('type', cls.__name__)!r}. {suggest(key, fields)}"
+                    f"unknown key {key!r} for mixer {values.get('type', cls.__name__)!r}. "
+                    f"{suggest(key, fields)}"
                 )
         missing = [
             name
@@ -70,7 +71,8 @@ class MixerConfig:
         ]
         if missing:
             raise ValueError(
-                f"mixer {values.get('type', cls.__name__)!r} needs the keys {missing}. Add them to the config."
+                f"mixer {values.get('type', cls.__name__)!r} needs the keys {missing}. Add them to the "
+                "config."
             )
         return cls(
             **{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}

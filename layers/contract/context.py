@@ -3,7 +3,8 @@
 Inside a mixer there are two forms only, and both are free of padding:
 
 - dense: (B, T, ...), every row one sequence with T real tokens, `cu_seqlens` None. No gathers.
-- packed: (1, L, ...), N sequences one after the other, `cu_seqlens` (N + 1,) on the CPU. A batch with a mask is compressed
+- packed: (1, L, ...), N sequences one after the other, `cu_seqlens` (N + 1,) on the CPU. A batch with a mask
+is compressed
   into this form, packed rows have it already.
 
 N sequences mean N rows of state. A sequence may have no token in a call; its state is then unchanged.
@@ -33,11 +34,14 @@ class SequenceContext:
         lengths: tokens of each sequence in this call, N integers.
         num_seen: (N,) int64 on the CPU, tokens that each sequence had read before this call.
         uniform_num_seen: the common value of `num_seen`, or None where sequences differ.
-        positions: (B, T) or (1, L) int64 on the device of the inputs: position of each token in its own sequence.
+        positions: (B, T) or (1, L) int64 on the device of the inputs: position of each token in its own
+            sequence.
         cu_seqlens: (N + 1,) int64 on the CPU in packed form, None in dense form.
         streams: integer per-token streams (roles, segments), each of the shape of `positions`.
-        overrides: per-call replacements of sizes (window_size, num_sinks, chunk_size) for randomised training.
-        token_index: (L,) indices of the real tokens in the flattened (B * T) input, None when nothing was compressed.
+        overrides: per-call replacements of sizes (window_size, num_sinks, chunk_size) for randomised
+            training.
+        token_index: (L,) indices of the real tokens in the flattened (B * T) input, None when nothing was
+            compressed.
         input_shape: (B, T) of the caller's input.
         return_state, return_extras: what the caller asked for.
         in_place: the incoming state was donated, its memory may be written.
@@ -113,7 +117,8 @@ def build_context(
         cu_seqlens: (N + 1,) boundaries of the sequences packed in the single row of the input.
 
     Raises:
-        ValueError: shapes disagree, both a hiding mask and `cu_seqlens` are given, or the state has another batch size.
+        ValueError: shapes disagree, both a hiding mask and `cu_seqlens` are given, or the state has another
+            batch size.
         TypeError: the mask is not boolean.
     """
     rows, length = input_shape
@@ -124,7 +129,8 @@ def build_context(
     for name, stream in streams.items():
         if tuple(stream.shape) != (rows, length):
             raise ValueError(
-                f"stream {name!r} must have the shape of the tokens, ({rows}, {length}), got {tuple(stream.shape)}. "
+                f"stream {name!r} must have the shape of the tokens, ({rows}, {length}), got "
+                f"{tuple(stream.shape)}. "
                 "Give one integer per token."
             )
     if mask is not None:
@@ -154,7 +160,8 @@ def build_context(
     else:
         if num_seen.shape[0] != len(lengths):
             raise ValueError(
-                f"state was made for batch size {num_seen.shape[0]}, but the input holds {len(lengths)} sequences. "
+                f"state was made for batch size {num_seen.shape[0]}, but the input holds {len(lengths)} "
+                "sequences. "
                 "Call state.select(rows) to keep some rows, or start with state=None."
             )
         distinct = set(num_seen.tolist())
@@ -205,7 +212,8 @@ def _checked_bounds(cu_seqlens: Tensor, rows: int, length: int) -> Tensor:
     bounds = torch.as_tensor(cu_seqlens).to("cpu", torch.int64)
     if rows != 1:
         raise ValueError(
-            f"cu_seqlens packs sequences in one row, but the input has {rows} rows. Reshape it to (1, L, ...)."
+            f"cu_seqlens packs sequences in one row, but the input has {rows} rows. Reshape it to (1, L, "
+            "...)."
         )
     if (
         bounds.dim() != 1
@@ -215,7 +223,8 @@ def _checked_bounds(cu_seqlens: Tensor, rows: int, length: int) -> Tensor:
         or bool((bounds.diff() < 0).any())
     ):
         raise ValueError(
-            f"cu_seqlens must be a vector that starts at 0, never decreases and ends at the {length} tokens of the row, "
+            f"cu_seqlens must be a vector that starts at 0, never decreases and ends at the {length} tokens "
+            "of the row, "
             f"got {bounds.tolist() if bounds.numel() <= 16 else f'{bounds.numel()} values ending at {int(bounds[-1])}'}."
         )
     return bounds

@@ -1,6 +1,8 @@
-"""The base class of every token mixer: it turns all ways of giving tokens into one internal form and checks the caller.
+"""The base class of every token mixer: it turns all ways of giving tokens into one internal form and checks
+the caller.
 
-A mixer implements `init_weights`, `init_state` and `mix`; `mix_step` only when one token deserves its own path.
+A mixer implements `init_weights`, `init_state` and `mix`; `mix_step` only when one token deserves its own
+path.
 """
 
 from __future__ import annotations
@@ -17,7 +19,8 @@ from .config import MixerConfig
 from .context import SequenceContext, build_context
 from .state import State
 
-# Dimensions: B batch rows, T tokens, N sequences (= rows of the state), L tokens in packed form, M model width
+# Dimensions: B batch rows, T tokens, N sequences (= rows of the state), L tokens in packed form, M model
+# width
 
 
 @dataclass
@@ -65,7 +68,9 @@ class TokenMixer(nn.Module):
     def init_state(
         self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> State:
-        """An empty memory for `batch_size` sequences; `dtype` is that of the activations (default: of the weights)."""
+        """An empty memory for `batch_size` sequences; `dtype` is that of the activations (default: of the
+        weights).
+        """
         raise NotImplementedError
 
     def mix(self, x: Tensor, ctx: SequenceContext, state: Any) -> LayerOutput:
@@ -91,7 +96,9 @@ class TokenMixer(nn.Module):
         return self.init_state(batch_size, device="meta", dtype=dtype).num_bytes()
 
     def flops_per_token(self, num_tokens: int) -> int:
-        """Matrix-product FLOPs (2 per multiply-add) of one `step` after `num_tokens` tokens have been read."""
+        """Matrix-product FLOPs (2 per multiply-add) of one `step` after `num_tokens` tokens have been
+        read.
+        """
         raise NotImplementedError
 
     @classmethod
@@ -103,7 +110,9 @@ class TokenMixer(nn.Module):
 
     @property
     def span(self) -> int:
-        """The longest window, chunk or kernel of this mixer; tests use sequences of at least four times it."""
+        """The longest window, chunk or kernel of this mixer; tests use sequences of at least four times
+        it.
+        """
         return config_span(self.config)
 
     @property
@@ -129,16 +138,20 @@ class TokenMixer(nn.Module):
         Args:
             x: (B, T, M). T may be 0.
             state: what an earlier call returned for the same sequences; None is an empty memory.
-            mask: (B, T) bool, True = real token, any pattern. Padding neither writes, decays nor counts; its output is 0.
+            mask: (B, T) bool, True = real token, any pattern. Padding neither writes, decays nor counts; its
+                output is 0.
             cu_seqlens: (N + 1,) boundaries of N sequences packed in one row (B = 1).
-            max_seqlen: accepted for callers of the field's kernels and ignored (it follows from `cu_seqlens`).
+            max_seqlen: accepted for callers of the field's kernels and ignored (it follows from
+                `cu_seqlens`).
             streams: per-token integers (B, T) such as roles or segments.
-            overrides: sizes to use in this call only (window_size, num_sinks, chunk_size), where the mixer allows it.
+            overrides: sizes to use in this call only (window_size, num_sinks, chunk_size), where the mixer
+                allows it.
             return_state: also return the state after the last token.
             return_extras: also return what whole-model losses need.
 
         Raises:
-            ValueError: shapes, state, mask and boundaries do not fit each other, or a needed stream is missing.
+            ValueError: shapes, state, mask and boundaries do not fit each other, or a needed stream is
+                missing.
         """
         self._check_input(x, 3, "(B, T, d_model)")
         self._check_streams(streams)
@@ -166,7 +179,8 @@ class TokenMixer(nn.Module):
             x_t: (N, M).
             state: the state so far (`init_state` for an empty memory).
             streams: per-token integers (N,).
-            donate: allow the memory of `state` to be reused (no gradient is recorded then); `state` cannot be used afterwards.
+            donate: allow the memory of `state` to be reused (no gradient is recorded then); `state` cannot be
+                used afterwards.
         """
         self._check_input(x_t, 2, "(N, d_model)")
         self._check_streams(streams)
@@ -186,7 +200,9 @@ class TokenMixer(nn.Module):
         return LayerOutput(out.hidden.squeeze(1), out.state, out.aux, out.extras)
 
     def reset_parameters(self) -> None:
-        """Initialises this mixer and the mixers inside it (after materialising from the meta device, for instance)."""
+        """Initialises this mixer and the mixers inside it (after materialising from the meta device, for
+        instance).
+        """
         for module in self.modules():
             if isinstance(module, TokenMixer):
                 module.init_weights()
@@ -207,7 +223,8 @@ class TokenMixer(nn.Module):
         missing = self.needs - set(streams or {})
         if missing:
             raise ValueError(
-                f"{type(self).__name__} needs the per-token streams {sorted(missing)}, got {sorted(streams or {})}. "
+                f"{type(self).__name__} needs the per-token streams {sorted(missing)}, got "
+                f"{sorted(streams or {})}. "
                 "Pass streams={name: integers of shape (B, T)}."
             )
 

@@ -1,7 +1,9 @@
 """State of a token mixer: a value that holds everything the mixer remembers about the tokens it has read.
 
-A state is a dataclass of tensors (batch rows first), of further states, or tuples of states. It is never changed in place
-for the caller unless the caller donates it. ``num_tokens`` and every field marked ``host_field()`` live on the CPU, so that
+A state is a dataclass of tensors (batch rows first), of further states, or tuples of states. It is never
+changed in place
+for the caller unless the caller donates it. ``num_tokens`` and every field marked ``host_field()`` live on
+the CPU, so that
 reading a counter never waits for a GPU.
 """
 
@@ -26,7 +28,9 @@ StateT = TypeVar("StateT", bound="State")
 
 
 def host_field() -> Any:
-    """Declares a counter: an integer tensor (N, ...) that stays on the CPU whatever device the state moves to."""
+    """Declares a counter: an integer tensor (N, ...) that stays on the CPU whatever device the state moves
+    to.
+    """
     return dataclasses.field(metadata={"host": True})
 
 
@@ -55,7 +59,9 @@ class State:
         return self.num_tokens.shape[0]
 
     def map(self: StateT, fn: Callable[[Tensor], Tensor], *, include_host: bool = True) -> StateT:
-        """Applies `fn` to every tensor, nested ones included; counters are left alone with `include_host=False`."""
+        """Applies `fn` to every tensor, nested ones included; counters are left alone with
+        `include_host=False`.
+        """
         self.check_usable()
         values = {}
         for field in dataclasses.fields(self):
@@ -145,7 +151,8 @@ class State:
 
     @staticmethod
     def load(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> State:
-        """Reads what `save` wrote. Only state types known to this process are built; nothing in the file is executed.
+        """Reads what `save` wrote. Only state types known to this process are built; nothing in the file is
+        executed.
 
         Raises:
             ValueError: not a state file, damaged, of another version, or of an unknown state type.

@@ -1,0 +1,1 @@
+"""Parts of mixers: norms, rotary positions, caches, feature maps, shared attention projections."""

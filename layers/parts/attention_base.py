@@ -1,4 +1,6 @@
-"""What all softmax attention layers share: the configuration of heads, the four projections, rotation and head norms."""
+"""What all softmax attention layers share: the configuration of heads, the four projections, rotation and
+head norms.
+"""
 
 from __future__ import annotations
 
@@ -48,13 +50,15 @@ class HeadsConfig(MixerConfig):
         check_positive(self, "num_kv_heads")
         if self.num_heads % self.kv_heads:
             raise ValueError(
-                f"num_heads must be a multiple of num_kv_heads, got {self.num_heads} and {self.num_kv_heads}. "
+                f"num_heads must be a multiple of num_kv_heads, got {self.num_heads} and "
+                f"{self.num_kv_heads}. "
                 "Every key/value head serves an equal group of query heads."
             )
         if self.head_dim is None:
             if self.d_model % self.num_heads:
                 raise ValueError(
-                    f"d_model must be a multiple of num_heads, got {self.d_model} and {self.num_heads}. Or set head_dim."
+                    f"d_model must be a multiple of num_heads, got {self.d_model} and {self.num_heads}. Or "
+                    "set head_dim."
                 )
             object.__setattr__(self, "head_dim", self.d_model // self.num_heads)
         check_positive(self, "head_dim")

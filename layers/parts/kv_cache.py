@@ -1,6 +1,7 @@
 """Keys and values kept verbatim: a bounded ring with sinks, and a cache that grows.
 
-Both write the token at position p to a slot that depends on p alone and leave unread slots zero, so equal histories give
+Both write the token at position p to a slot that depends on p alone and leave unread slots zero, so equal
+histories give
 equal states however they were cut. Keys are stored after the rotation by their absolute position.
 """
 
@@ -14,7 +15,8 @@ from torch import Tensor
 from ...kernels import KVPrefix
 from ..contract import SequenceContext, State
 
-# Dimensions: N sequences, S sinks, W window, P tokens of the past, H kv heads, D key width, E value width, T tokens
+# Dimensions: N sequences, S sinks, W window, P tokens of the past, H kv heads, D key width, E value width, T
+# tokens
 
 GROWTH = 128  # a growing cache allocates whole blocks of this many tokens
 
@@ -58,7 +60,9 @@ class WindowCache(State):
         )
 
     def append(self, key: Tensor, value: Tensor, ctx: SequenceContext, num_sinks: int) -> WindowCache:
-        """The cache after the tokens of this call; key (B, T, H, D) and value (B, T, H, E) in internal form."""
+        """The cache after the tokens of this call; key (B, T, H, D) and value (B, T, H, E) in internal
+        form.
+        """
         return WindowCache(
             num_tokens=ctx.num_tokens_after,
             key=_write(self.key, key, ctx, num_sinks),

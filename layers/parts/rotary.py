@@ -1,6 +1,7 @@
 """Rotary position embedding (Su et al., 2021) in the half-split convention, with the public scaling rules.
 
-Nothing is stored: frequencies follow from the configuration and the tables from the positions of the call, so a module
+Nothing is stored: frequencies follow from the configuration and the tables from the positions of the call, so
+a module
 materialised from the meta device needs no repair.
 """
 
@@ -40,7 +41,8 @@ class Rotary:
     Attributes:
         head_dim: width of a head, even.
         theta: base of the frequencies.
-        scaling: None or `{"rope_type": "linear" | "llama3" | "yarn", ...}` with the keys of the Hugging Face configs.
+        scaling: None or `{"rope_type": "linear" | "llama3" | "yarn", ...}` with the keys of the Hugging Face
+            configs.
 
     Raises:
         ValueError: odd width, unknown rule, or unknown and missing keys of a rule.
@@ -53,7 +55,8 @@ class Rotary:
     def __post_init__(self) -> None:
         if self.head_dim % 2:
             raise ValueError(
-                f"rotary positions need an even head_dim, got {self.head_dim}. Set rope_theta to null to go without."
+                f"rotary positions need an even head_dim, got {self.head_dim}. Set rope_theta to null to go "
+                "without."
             )
         if self.theta <= 0:
             raise ValueError(f"rope_theta must be positive, got {self.theta}.")
@@ -65,7 +68,8 @@ class Rotary:
             unknown = given - _SCALING_KEYS[kind]
             if unknown:
                 raise ValueError(
-                    f"rope scaling {kind!r} has no key {sorted(unknown)[0]!r}. {suggest(sorted(unknown)[0], _SCALING_KEYS[kind])}"
+                    f"rope scaling {kind!r} has no key {sorted(unknown)[0]!r}. "
+                    f"{suggest(sorted(unknown)[0], _SCALING_KEYS[kind])}"
                 )
             needed = {
                 "linear": {"factor"},
@@ -85,14 +89,18 @@ class Rotary:
         )
 
     def tables(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Cosines and sines (..., 1, head_dim) in `dtype` (float32 or float64) for integer positions (...)."""
+        """Cosines and sines (..., 1, head_dim) in `dtype` (float32 or float64) for integer positions
+        (...).
+        """
         frequencies, amplitude = self._frequencies(positions.device, dtype)
         angles = positions.to(dtype)[..., None] * frequencies
         angles = torch.cat([angles, angles], dim=-1).unsqueeze(-2)
         return angles.cos() * amplitude, angles.sin() * amplitude
 
     def rotate(self, x: Tensor, ctx: SequenceContext) -> Tensor:
-        """Rotates x (B, T, H, head_dim) by the positions of the call; computed in float32, returned in the dtype of x."""
+        """Rotates x (B, T, H, head_dim) by the positions of the call; computed in float32, returned in the
+        dtype of x.
+        """
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         key = (self.head_dim, self.theta, repr(self.scaling), dtype)
         if key not in ctx.tables:
@@ -104,7 +112,8 @@ class Rotary:
 
     def _frequencies(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, float]:
         d = self.head_dim
-        # exponents in float32 as the public implementations have them; float64 only where the caller works in it
+        # exponents in float32 as the public implementations have them; float64 only where the caller works in
+        # it
         exponent = torch.arange(0, d, 2, dtype=torch.int64, device=device).to(dtype) / d
         frequencies = 1.0 / (self.theta**exponent)
         scaling, kind = self.scaling, self.kind
