@@ -212,8 +212,7 @@ def _checked_bounds(cu_seqlens: Tensor, rows: int, length: int) -> Tensor:
     bounds = torch.as_tensor(cu_seqlens).to("cpu", torch.int64)
     if rows != 1:
         raise ValueError(
-            f"cu_seqlens packs sequences in one row, but the input has {rows} rows. Reshape it to (1, L, "
-            "...)."
+            f"cu_seqlens packs sequences in one row, but the input has {rows} rows. Reshape it to one row."
         )
     if (
         bounds.dim() != 1
@@ -222,9 +221,11 @@ def _checked_bounds(cu_seqlens: Tensor, rows: int, length: int) -> Tensor:
         or int(bounds[-1]) != length
         or bool((bounds.diff() < 0).any())
     ):
+        given = (
+            bounds.tolist() if bounds.numel() <= 16 else f"{bounds.numel()} values up to {int(bounds[-1])}"
+        )
         raise ValueError(
-            f"cu_seqlens must be a vector that starts at 0, never decreases and ends at the {length} tokens "
-            "of the row, "
-            f"got {bounds.tolist() if bounds.numel() <= 16 else f'{bounds.numel()} values ending at {int(bounds[-1])}'}."
+            f"cu_seqlens must be a vector that starts at 0, never decreases and ends at the {length} tokens of "
+            f"the row, got {given}."
         )
     return bounds
