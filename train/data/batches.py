@@ -1,0 +1,161 @@
+"""Batches as a pure function of (epoch, index): what makes data deterministic and a run resumable.
+
+A data set of this library answers one question, ``batch(epoch, index)``. Loader, sampler and worker processes
+only decide when it is asked, so the order of the data depends on nothing but the seed, whatever the number of
+workers, and a resumed run goes on with exactly the batch that an uninterrupted one would have read.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torch.utils.data.distributed import DistributedSampler
+
+from .mqar import IGNORE_INDEX
+
+
+@dataclass
+class TokenBatch:
+    """Token ids with their targets.
+
+    Args:
+        input_ids: (B, T) int64. With ``cu_seqlens`` one packed row, (1, L).
+        labels: same shape; the target of each position (already shifted), -100 where there is no loss.
+        cu_seqlens: (N + 1,) int64 on the CPU, the borders of the packed sequences; None for a plain batch.
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+    cu_seqlens: Tensor | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        return self.input_ids.numel()
+
+    @property
+    def num_rows(self) -> int:
+        return self.input_ids.shape[0]
+
+    def num_labels(self) -> Tensor:
+        return (self.labels != IGNORE_INDEX).sum()
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> TokenBatch:
+        """Move ids and labels; the borders stay on the CPU, where the mixers read them."""
+        return replace(
+            self,
+            input_ids=self.input_ids.to(device, non_blocking=non_blocking),
+            labels=self.labels.to(device, non_blocking=non_blocking),
+        )
+
+    def pin_memory(self) -> TokenBatch:
+        return replace(self, input_ids=self.input_ids.pin_memory(), labels=self.labels.pin_memory())
+
+
+class BatchSource(Dataset[TokenBatch], ABC):
+    """A data set whose batches are a pure function of epoch and index."""
+
+    @property
+    @abstractmethod
+    def num_batches(self) -> int:
+        """Batches per epoch, the same in every epoch."""
+
+    @abstractmethod
+    def batch(self, epoch: int, index: int) -> TokenBatch:
+        """The batch number ``index`` of epoch ``epoch``."""
+
+    def __len__(self) -> int:
+        return self.num_batches
+
+    def __getitem__(self, key: tuple[int, int]) -> TokenBatch:
+        return self.batch(*key)
+
+
+class EpochSampler(DistributedSampler[Any]):
+    """Yields (epoch, index) for the batches that one process reads in one epoch.
+
+    Lightning calls ``set_epoch`` before each epoch.
+
+    Args:
+        source: the batches.
+        num_processes: training processes that share an epoch; each reads every ``num_processes``-th batch.
+        process_index: number of this process.
+    """
+
+    def __init__(self, source: BatchSource, *, num_processes: int = 1, process_index: int = 0) -> None:
+        # Being a DistributedSampler keeps Lightning from wrapping it in another one.
+        super().__init__(
+            source, num_replicas=num_processes, rank=process_index, shuffle=False, drop_last=True
+        )
+        self.source = source
+        self.start = 0
+
+    def __len__(self) -> int:
+        return self.source.num_batches // self.num_replicas
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        for index in range(self.start, len(self)):
+            yield self.epoch, index * self.num_replicas + self.rank
+
+
+class ResumableLoader(DataLoader[TokenBatch]):
+    """A loader of whole batches that remembers how many of the running epoch it has handed out."""
+
+    def __init__(
+        self,
+        source: BatchSource,
+        *,
+        num_workers: int = 0,
+        pin_memory: bool = False,
+        num_processes: int = 1,
+        process_index: int = 0,
+    ) -> None:
+        self._num_yielded = 0
+        self._start = 0
+        super().__init__(
+            source,
+            batch_size=None,
+            sampler=EpochSampler(source, num_processes=num_processes, process_index=process_index),
+            num_workers=num_workers,
+            pin_memory=pin_memory,
+            persistent_workers=num_workers > 0,
+        )
+
+    def __iter__(self) -> Iterator[TokenBatch]:  # type: ignore[override]  # the parent names a private class
+        # A resumed epoch starts in its middle once; every later epoch starts at its beginning.
+        self._num_yielded, self._start = self._start, 0
+        self._epoch_sampler.start = self._num_yielded
+        for batch in super().__iter__():
+            self._num_yielded += 1
+            yield batch
+
+    @property
+    def _epoch_sampler(self) -> EpochSampler:
+        assert isinstance(self.sampler, EpochSampler)
+        return self.sampler
+
+    def state_dict(self) -> dict[str, int]:
+        return {"num_yielded": self._num_yielded}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        # A checkpoint written right after the last batch belongs to the next epoch.
+        self._start = state["num_yielded"] % max(len(self), 1)
+
+
+def check_loader_settings(*, batch_size: int, num_workers: int) -> None:
+    """Refuse sizes no loader can work with.
+
+    Raises:
+        ValueError: ``batch_size`` below 1 or ``num_workers`` below 0.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
+    if num_workers < 0:
+        raise ValueError(
+            f"num_workers must be at least 0, got {num_workers}. Use 0 to load in the main process."
+        )
