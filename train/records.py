@@ -1,0 +1,196 @@
+"""Measured results as JSON files that say how to repeat them.
+
+Every evaluation and every benchmark writes through `write_record`: the results together with the command, the
+configuration, the commit, the versions of the libraries and the hardware. Files appear whole or not at all.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+FORMAT_VERSION = 1
+_LIBRARIES = ("memzoo", "torch", "lightning", "transformers", "tokenizers", "safetensors", "numpy", "triton")
+
+
+def write_record(
+    path: str | os.PathLike[str],
+    *,
+    name: str,
+    config: Mapping[str, Any],
+    results: Mapping[str, Any],
+    command: str | None = None,
+) -> Path:
+    """Write one result with everything needed to repeat it; the file appears whole or not at all.
+
+    Args:
+        path: file to write, ending in ``.json``; missing folders are made.
+        name: what was measured, for example ``"evaluate/perplexity"``.
+        config: the settings of the measurement.
+        results: the figures. Numbers that are not finite are written as null.
+        command: the command line; None takes the one this process was started with.
+
+    Returns:
+        the path written.
+    """
+    path = Path(path)
+    if path.suffix != ".json":
+        raise ValueError(f"a record is a .json file, got {str(path)!r}. Choose a name that ends in .json.")
+    record = {
+        "format_version": FORMAT_VERSION,
+        "name": name,
+        "command": current_command() if command is None else command,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "commit": git_commit(),
+        "versions": library_versions(),
+        "hardware": hardware(),
+        "config": _plain(config),
+        "results": _plain(results),
+    }
+    write_text_atomically(path, json.dumps(record, indent=2) + "\n")
+    return path
+
+
+def read_record(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read a record back.
+
+    Raises:
+        ValueError: the file is not a record, or of a newer format.
+    """
+    try:
+        record = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not a JSON record ({error}). Write records with write_record.") from None
+    if not isinstance(record, dict) or not {"format_version", "name", "results"} <= set(record):
+        raise ValueError(f"{path} is JSON but not a record: it lacks format_version, name or results.")
+    if record["format_version"] > FORMAT_VERSION:
+        raise ValueError(
+            f"{path} has record format {record['format_version']}, but this version reads up to "
+            f"{FORMAT_VERSION}. Update memzoo."
+        )
+    return record
+
+
+def write_text_atomically(path: str | os.PathLike[str], text: str) -> None:
+    """Write a text file through a temporary name beside it, so that a reader never sees half of it."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def current_command() -> str:
+    """The command line of this process, with the program's bare name (no machine paths)."""
+    program = Path(sys.argv[0]).name or "python"
+    if program == "__main__.py":
+        program = f"python -m {Path(sys.argv[0]).parent.name}"
+        return " ".join([program, *map(shlex.quote, sys.argv[1:])])
+    return shlex.join([program, *sys.argv[1:]])
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of Python and of the installed libraries that can change a number."""
+    versions = {"python": platform.python_version()}
+    for library in _LIBRARIES:
+        try:
+            versions[library] = metadata.version(library)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def hardware() -> dict[str, Any]:
+    """Processor, cores, memory, threads of torch, and the accelerator if there is one."""
+    import torch
+
+    facts: dict[str, Any] = {
+        "machine": platform.machine(),
+        "system": platform.system(),
+        "processor": _processor_name(),
+        "cores": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "memory_gib": _memory_gib(),
+        "accelerator": None,
+    }
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        facts["accelerator"] = {
+            "name": properties.name,
+            "count": torch.cuda.device_count(),
+            "memory_gib": round(properties.total_memory / 2**30, 1),
+            "cuda": torch.version.cuda,
+        }
+    return facts
+
+
+def git_commit() -> str | None:
+    """Commit of the source tree in use, with ``-dirty`` when it has changes; None for an installed copy."""
+    file = Path(__file__).resolve()
+    folder = file.parent
+    try:
+        _git(
+            folder, "ls-files", "--error-unmatch", file.name
+        )  # an installed copy may lie inside another repository
+        commit = _git(folder, "rev-parse", "HEAD")
+        changes = _git(folder, "status", "--porcelain", "--untracked-files=no")
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return f"{commit}-dirty" if changes else commit
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    done = subprocess.run(
+        ["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=20, check=True
+    )
+    return done.stdout.strip()
+
+
+def _processor_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or "unknown"
+
+
+def _memory_gib() -> float | None:
+    try:
+        return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
+    except (AttributeError, OSError, ValueError):
+        return None
+
+
+def _plain(value: Any) -> Any:
+    """Plain JSON data; numbers that are not finite become null, tensors and arrays become lists."""
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
+        return None
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    return str(value)
