@@ -1,0 +1,104 @@
+"""Lightning callbacks of the library."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ProgressBar
+from tqdm import tqdm  # type: ignore[import-untyped]
+
+from .data.batches import TokenBatch
+
+
+class TrainingProgress(ProgressBar):
+    """One line for the whole run: step, loss, tokens per second, time left, peak memory.
+
+    Args:
+        refresh_rate: optimiser steps between two updates of the line.
+        leave: keep the line after the run.
+        name: what the line begins with.
+    """
+
+    def __init__(self, refresh_rate: int = 10, leave: bool = True, name: str = "train") -> None:
+        super().__init__()
+        self.name = name
+        self.refresh_rate = max(refresh_rate, 1)
+        self.leave = leave
+        self._enabled = True
+        self._line: tqdm | None = None
+        self._tokens = 0
+        self._clock = 0.0
+
+    def disable(self) -> None:
+        self._enabled = False
+
+    def enable(self) -> None:
+        self._enabled = True
+
+    def print(self, *args: Any, **kwargs: Any) -> None:
+        tqdm.write(" ".join(map(str, args)), file=sys.stderr)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        steps = trainer.estimated_stepping_batches
+        self._line = tqdm(
+            total=int(steps) if steps != float("inf") else None,
+            initial=trainer.global_step,
+            desc=self.name,
+            unit="step",
+            dynamic_ncols=True,
+            mininterval=0.0,
+            leave=self.leave,
+            disable=not self._enabled or not trainer.is_global_zero,
+            file=sys.stderr,
+        )
+        self._tokens, self._clock = 0, time.monotonic()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: TokenBatch, batch_idx: int
+    ) -> None:
+        self._tokens += batch.num_tokens * trainer.world_size
+        line = self._line
+        if line is None or trainer.global_step == line.n:
+            return
+        if trainer.global_step % self.refresh_rate and trainer.global_step != line.total:
+            return
+        elapsed = max(time.monotonic() - self._clock, 1e-9)
+        rate, self._tokens, self._clock = self._tokens / elapsed, 0, time.monotonic()
+        facts = {
+            name: f"{float(value):.4g}"
+            for name, value in trainer.progress_bar_metrics.items()
+            if not name.startswith("v_num")
+        }
+        line.n = trainer.global_step
+        line.set_postfix(
+            facts | {"tok/s": f"{rate:,.0f}", "peak": f"{peak_memory_gib():.2f} GiB"}, refresh=False
+        )
+        line.refresh()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # The time of a validation is no training time.
+        self._tokens, self._clock = 0, time.monotonic()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._close()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._close()
+
+    def _close(self) -> None:
+        if self._line is not None:
+            self._line.close()
+            self._line = None
+
+
+def peak_memory_gib() -> float:
+    """Peak memory so far: of the accelerator where there is one, else of this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)
