@@ -211,7 +211,8 @@ class MemoryLM(nn.Module):
             return_state: also return the state after the last token.
             return_extras: also return what whole-model losses need.
             return_hidden_states: also return the residual stream before, between and after the blocks.
-            last_only: logits (N, V) of the last real token of each sequence instead of (B, T, V).
+            last_only: logits (N, V) of the last real token of each sequence instead of (B, T, V); 0 where a
+                sequence has no token in this call.
 
         Raises:
             ValueError: no tokens, ids outside the vocabulary, or mask, boundaries, state and streams that do
@@ -299,7 +300,7 @@ class MemoryLM(nn.Module):
     def init_state(
         self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> ModelState:
-        """An empty memory for `batch_size` sequences; `dtype` of the activations, default that of the weights."""
+        """An empty memory for `batch_size` sequences; `dtype` is that of the activations."""
         return ModelState(
             num_tokens=torch.zeros(batch_size, dtype=torch.int64),
             layers=tuple(
@@ -375,15 +376,14 @@ class MemoryLM(nn.Module):
         return hidden, new_state, aux, extras, seen
 
     def _last_tokens(self, hidden: Tensor, ctx: SequenceContext) -> Tensor:
-        """(N, M), the last token of each sequence."""
-        if min(ctx.lengths) == 0:
-            empty = ctx.lengths.index(0)
-            raise ValueError(
-                f"sequence {empty} has no token in this call (an empty prompt), so it has no last token."
-            )
+        """(N, M), the last token of each sequence; zeros where a sequence has none in this call."""
         if ctx.cu_seqlens is None:
             return hidden[:, -1]
-        return hidden[0, (ctx.cu_seqlens[1:] - 1).to(hidden.device)]
+        last = hidden[0, (ctx.cu_seqlens[1:] - 1).clamp(min=0).to(hidden.device)]
+        if min(ctx.lengths) > 0:
+            return last
+        is_empty = torch.tensor([length == 0 for length in ctx.lengths], device=hidden.device)
+        return last.masked_fill(is_empty[:, None], 0)
 
     def _num_seen(self, state: Any) -> Tensor | None:
         if state is None:
@@ -407,7 +407,8 @@ class MemoryLM(nn.Module):
             if missing:
                 raise ValueError(
                     f"layer {index} ({layer.mixer.config.type}) needs the per-token streams "
-                    f"{sorted(missing)}, got {sorted(streams or {})}. Pass streams={{name: integers of shape (B, T)}}."
+                    f"{sorted(missing)}, got {sorted(streams or {})}. "
+                    "Pass streams={name: integers of shape (B, T)}."
                 )
 
 

@@ -20,7 +20,7 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -158,12 +158,15 @@ def seal_folder(folder: StrPath, names: list[str], *, extra: Mapping[str, Any] |
     write_json(folder / MANIFEST_NAME, {"format_version": MANIFEST_VERSION, **(extra or {}), "files": listed})
 
 
-def verify_folder(folder: StrPath, *, required: bool = False) -> dict[str, Any] | None:
+def verify_folder(
+    folder: StrPath, *, required: bool = False, only: Collection[str] | None = None
+) -> dict[str, Any] | None:
     """Checks a folder against its manifest, and completes a save that was cut short after its commit.
 
     Args:
         folder: a checkpoint folder.
         required: whether a folder without a manifest is an error (our own folders) or fine (foreign ones).
+        only: check just these of the listed files; default all.
 
     Returns:
         The manifest, or None where there is none.
@@ -182,6 +185,8 @@ def verify_folder(folder: StrPath, *, required: bool = False) -> dict[str, Any] 
         return None
     _finish_commit(folder)
     for name, entry in _listed_files(folder).items():
+        if only is not None and name not in only:
+            continue
         path = folder / name
         if not path.is_file():
             raise CheckpointError(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..config import ModelConfig
+from ..decoder import MemoryLM, parameter_tags, restore_parameter_tags
 from .errors import CheckpointError
 from .families import (
     SourceWeight,
@@ -32,6 +33,8 @@ from .safetensors_files import (
 )
 
 CONFIG_NAME = "config.json"
+MODEL_TYPE = "memzoo"  # of our own folders
+MODEL_KEY = "memory"  # where their config.json holds the ModelConfig
 
 # buffers of old checkpoints that are no weights
 _IGNORED = re.compile(r"(.*\.)?rotary_emb\.inv_freq")
@@ -47,8 +50,35 @@ def read_model_config(path: StrPath) -> ModelConfig:
     path = _checked(path)
     if path.is_file():
         return config_from_gguf(open_gguf(path))
+    verify_folder(path, only=[CONFIG_NAME])
     values = read_json(path / CONFIG_NAME)
+    if values.get("model_type") == MODEL_TYPE:
+        return config_from_own(values, str(path / CONFIG_NAME))
     return config_from_hf(values, str(path / CONFIG_NAME))
+
+
+def config_from_own(values: Mapping[str, Any], where: str) -> ModelConfig:
+    """The ModelConfig inside the `config.json` of a folder saved by memzoo.
+
+    Args:
+        values: the parsed file.
+        where: named in errors.
+
+    Raises:
+        CheckpointError: no valid model config, or a key that names code to import.
+    """
+    if "auto_map" in values:
+        raise CheckpointError(
+            f"{where} has auto_map, which names code to import. "
+            "Beside weights only registered mixers may be named; delete the key."
+        )
+    memory = values.get(MODEL_KEY)
+    if not isinstance(memory, Mapping):
+        raise CheckpointError(f"{where} has no {MODEL_KEY!r} section. It was not saved by memzoo.")
+    try:
+        return ModelConfig.from_dict(memory)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{where} does not describe a possible model: {error}") from error
 
 
 def read_token_ids(path: StrPath) -> dict[str, Any]:
@@ -98,10 +128,11 @@ def read_weights(
             weights[ours] = tensor if dtype is None else tensor.to(dtype)
         return weights
 
-    verify_folder(path)
-    weight_map = hf_weight_map(config)
+    is_own = read_json(path / CONFIG_NAME).get("model_type") == MODEL_TYPE
+    verify_folder(path, required=is_own)
+    weight_map = own_weight_map(config) if is_own else hf_weight_map(config)
     infos = {name: info for name, info in list_weights(path).items() if not _IGNORED.fullmatch(name)}
-    wrong = [name for name, info in infos.items() if not info.dtype.is_floating_point]
+    wrong = [] if is_own else [name for name, info in infos.items() if not info.dtype.is_floating_point]
     if wrong:
         raise CheckpointError(
             f"{path}: {wrong[0]!r} has dtype {infos[wrong[0]].dtype}, expected floating-point weights."
@@ -121,6 +152,66 @@ def read_weights(
         ours: loaded[source.name] if dtype is None else loaded[source.name].to(dtype)
         for ours, source in weight_map.items()
     }
+
+
+def own_weight_map(config: ModelConfig) -> dict[str, SourceWeight]:
+    """Our names -> names in a folder saved by memzoo, whose model is wrapped once."""
+    model = MemoryLM(config, device="meta")
+    return {
+        name: SourceWeight(f"model.{name}", tuple(tensor.shape))
+        for name, tensor in model.state_dict().items()
+    }
+
+
+def load_model(
+    path: StrPath, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+) -> MemoryLM:
+    """Builds the model of a checkpoint and loads its weights; every weight is accounted for.
+
+    Args:
+        path: a folder saved by memzoo, a Llama-style folder, or a GGUF file.
+        dtype: of the parameters; default as stored (GGUF: float32).
+        device: where to put them.
+
+    Raises:
+        CheckpointError: nothing readable there, damaged files, or weights that are not those of the config.
+    """
+    config = read_model_config(path)
+    weights = read_weights(path, config, dtype=dtype)
+    return model_from_weights(config, weights, device=device)
+
+
+def model_from_weights(
+    config: ModelConfig, weights: Mapping[str, Tensor], *, device: torch.device | str = "cpu"
+) -> MemoryLM:
+    """A model whose parameters are the given tensors (not copied where they are on `device` already)."""
+    model = MemoryLM(config, device="meta")
+    tags = parameter_tags(model)
+    model.load_state_dict({name: tensor.to(device) for name, tensor in weights.items()}, assign=True)
+    restore_parameter_tags(model, tags)
+    stored = model.state_dict().keys()
+    if any(name not in stored for name, _ in model.named_buffers()):
+        # tables that are no weights are computed by the constructor
+        filled = MemoryLM(config, device=device)
+        filled.load_state_dict(model.state_dict())
+        return filled.to(next(iter(weights.values())).dtype)
+    return model
+
+
+def export_llama_folder(
+    model: MemoryLM, folder: StrPath, *, token_ids: Mapping[str, Any] | None = None
+) -> None:
+    """Writes the weights of a model of attention and windowed attention as an ordinary Llama-style folder.
+
+    Args:
+        model: what to save.
+        folder: where to.
+        token_ids: `bos_token_id`, `eos_token_id`, `pad_token_id` for the config.
+
+    Raises:
+        CheckpointError: no Llama-style family can express the model; the obstacle is named.
+    """
+    write_llama_folder(folder, model.config, model.state_dict(), token_ids=token_ids)
 
 
 def write_llama_folder(

@@ -97,6 +97,7 @@ def tokenizer_from_gguf(path: StrPath) -> PreTrainedTokenizerFast:
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend,
         **{name: token for name, token in options.items() if token is not None},
+        model_input_names=["input_ids", "attention_mask"],
         model_max_length=file.get(f"{file.architecture}.context_length", int, 2**31),
         clean_up_tokenization_spaces=False,
         # the fast backend reads these two and prepends or appends the token itself

@@ -1,0 +1,449 @@
+"""`MemoryLM` as a Hugging Face model: Auto classes, saved folders, `generate`, pipelines.
+
+Importing this module registers the model type "memzoo" with `AutoConfig` and `AutoModelForCausalLM`. A saved
+folder is an ordinary Hugging Face folder (`config.json`, `model.safetensors`, generation config, tokenizer if
+you save one there) plus `memzoo_manifest.json`.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationMixin,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from .checkpoints.errors import CheckpointError
+from .checkpoints.files import StrPath, verify_folder, write_folder
+from .checkpoints.folder import CONFIG_NAME, MODEL_TYPE, config_from_own
+from .config import ModelConfig
+from .decoder import DecoderBlock, MemoryLM, ModelState, parameter_tags, restore_parameter_tags
+
+# options of generate() that need what a memory cannot give: a state cannot be cut back to an earlier token
+_REFUSED = {
+    "assistant_model": "assisted decoding",
+    "assistant_early_exit": "assisted decoding",
+    "prompt_lookup_num_tokens": "prompt lookup decoding",
+    "use_mtp": "multi-token prediction",
+    "penalty_alpha": "contrastive search",
+    "dola_layers": "DoLa decoding",
+    "num_beam_groups": "diverse beam search",
+    "constraints": "constrained beam search",
+    "force_words_ids": "constrained beam search",
+    "cache_implementation": "another cache than the memory's own",
+    "custom_generate": "generation code from elsewhere",
+}
+
+
+class MemoryConfig(PretrainedConfig):
+    """Hugging Face configuration around a `ModelConfig`.
+
+    Args:
+        memory: the `ModelConfig`, or the dictionary that describes it.
+        kwargs: options of every Hugging Face config (`bos_token_id`, `eos_token_id`, ...).
+
+    Raises:
+        ValueError: no valid model config, or a key that names code to import.
+    """
+
+    model_type = MODEL_TYPE
+
+    def __init__(self, memory: ModelConfig | Mapping[str, Any] | None = None, **kwargs: Any) -> None:
+        if memory is not None and not isinstance(memory, ModelConfig):
+            memory = config_from_own({**kwargs, "memory": memory}, "the config")
+        self.memory: dict[str, Any] = {} if memory is None else memory.to_dict()
+        if memory is not None:
+            kwargs["tie_word_embeddings"] = memory.tie_embeddings
+        super().__init__(**kwargs)
+
+    @property
+    def model(self) -> ModelConfig:
+        """The model config as an object."""
+        return ModelConfig.from_dict(self.memory)
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the embedding."""
+        return int(self.memory["vocab_size"])
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the residual stream."""
+        return int(self.memory["d_model"])
+
+    @property
+    def num_hidden_layers(self) -> int:
+        """Number of blocks."""
+        return int(self.memory["num_layers"])
+
+    @property
+    def max_position_embeddings(self) -> int | None:
+        """Context length of pretraining, if known; nothing is cut at it."""
+        return self.memory.get("max_position_embeddings")
+
+
+class MemoryCache(Cache):
+    """The state of a generation in the form that `generate` hands around.
+
+    The cache owns its state and gives its memory away to each next step; a state passed in is copied.
+
+    Args:
+        state: what the model has read so far, to continue from (prefix caching, a loaded state); None for
+            nothing.
+
+    Attributes:
+        state: the current state, None before the first token.
+    """
+
+    def __init__(self, state: ModelState | None = None) -> None:
+        super().__init__(layers=[])
+        self.state = None if state is None else state.clone()
+        self._num_columns = 0 if state is None else int(state.num_tokens.max())
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Columns of input read so far: the tokens, and padding where prompts were unequal."""
+        return self._num_columns
+
+    def get_max_cache_shape(self, layer_idx: int = 0) -> int:
+        """-1: there is no maximum."""
+        return -1
+
+    @property
+    def is_compileable(self) -> bool:
+        """Never: the state changes its type and sizes as it pleases."""
+        return False
+
+    def update_state(self, state: ModelState, num_columns: int) -> None:
+        """Takes the state after `num_columns` further columns of input."""
+        self.state = state
+        self._num_columns += num_columns
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Keeps the rows that beam search goes on with."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keeps, reorders or repeats rows."""
+        if self.state is not None:
+            self.state = self.state.select(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeats every row."""
+        if self.state is not None:
+            self.state = self.state.select(torch.arange(self.state.batch_size).repeat_interleave(repeats))
+
+    def reset(self) -> None:
+        """Forgets everything."""
+        self.state = None
+        self._num_columns = 0
+
+    def crop(self, *args: Any, **kwargs: Any) -> None:
+        """Refused: a memory cannot forget its last tokens.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            "a memory cannot be cut back to an earlier token. "
+            "Keep a copy (cache.state.clone()) and start a new MemoryCache from it."
+        )
+
+    def update(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: the cache holds states, not keys and values.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError("MemoryCache holds the states of MemoryForCausalLM and serves no other model.")
+
+
+class MemoryForCausalLM(PreTrainedModel, GenerationMixin):
+    """A `MemoryLM` behind the interface of Hugging Face.
+
+    Args:
+        config: what to build.
+
+    Attributes:
+        model: the `MemoryLM`.
+    """
+
+    config_class = MemoryConfig
+    base_model_prefix = "model"
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    _no_split_modules = [DecoderBlock.__name__]
+    _is_stateful = True
+
+    def __init__(self, config: MemoryConfig) -> None:
+        super().__init__(config)
+        self.model = MemoryLM(config.model)
+        self.post_init()
+
+    @classmethod
+    def from_model(cls, model: MemoryLM, **token_ids: Any) -> MemoryForCausalLM:
+        """Wraps a model; the weights are shared, not copied.
+
+        Args:
+            model: what to wrap.
+            token_ids: `bos_token_id`, `eos_token_id`, `pad_token_id`.
+        """
+        config = MemoryConfig(model.config, **token_ids)
+        with torch.device("meta"):
+            wrapped = cls(config)
+        wrapped.model = model
+        wrapped.config.dtype = next(model.parameters()).dtype
+        return wrapped
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        past_key_values: MemoryCache | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int = 0,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
+        """Reads tokens and predicts the next ones.
+
+        Args:
+            input_ids: (B, T) tokens that are not yet in the cache.
+            attention_mask: (B, T) or (B, tokens in the cache + T), nonzero = real token; any pattern.
+            past_key_values: what an earlier call returned; changed in place, as Hugging Face caches are.
+            labels: (B, T) targets, usually the inputs themselves; shifted here, -100 is ignored.
+            use_cache: return a cache; default: when one was given.
+            logits_to_keep: predict at the last so many positions only; 0 means all.
+            output_hidden_states: also return the embeddings and the output of every block.
+            output_attentions: refused when true.
+            return_dict: False returns a tuple.
+
+        Returns:
+            `loss` if labels were given, `logits` (B, T, V), `past_key_values`, `hidden_states`.
+
+        Raises:
+            ValueError: inputs that do not fit each other, empty prompts, ids outside the vocabulary.
+        """
+        if output_attentions:
+            raise ValueError(
+                "output_attentions is not supported: most mixers have no attention weights. "
+                "Use memzoo.layers.probe()."
+            )
+        if past_key_values is not None and not isinstance(past_key_values, MemoryCache):
+            raise ValueError(
+                f"past_key_values must be a MemoryCache, got {type(past_key_values).__name__}. "
+                "Start with MemoryCache()."
+            )
+        use_cache = past_key_values is not None if use_cache is None else use_cache
+        num_columns = input_ids.shape[1]
+        mask = None if attention_mask is None else self._token_mask(attention_mask, input_ids)
+        cache = past_key_values if past_key_values is not None else MemoryCache()
+        hidden_states = None
+        state = cache.state
+        is_step = num_columns == 1 and mask is None and use_cache and not output_hidden_states
+        if is_step and state is not None:
+            # the cache owns its state, so its memory may be reused; never under autograd
+            out = self.model.step(input_ids[:, 0], state, donate=not torch.is_grad_enabled())
+            logits = out.logits[:, None]
+        else:
+            last_only = logits_to_keep == 1 and labels is None
+            out = self.model(
+                input_ids,
+                state,
+                mask=mask,
+                return_state=use_cache,
+                return_hidden_states=bool(output_hidden_states),
+                last_only=last_only,
+            )
+            logits = out.logits[:, None] if last_only else out.logits[:, -logits_to_keep:]
+            hidden_states = out.hidden_states
+        loss = None if labels is None else _next_token_loss(out.logits, labels)
+        if use_cache:
+            assert out.state is not None
+            cache.update_state(out.state, num_columns)
+        result = CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=cache if use_cache else None,
+            hidden_states=hidden_states,
+        )
+        return result if return_dict or return_dict is None else result.to_tuple()
+
+    def generate(self, inputs: Tensor | None = None, generation_config: Any = None, **kwargs: Any) -> Any:
+        """Greedy decoding, sampling and beam search, with batches of unequal left-padded prompts.
+
+        Args:
+            inputs: (B, T) prompts; `input_ids` works too.
+            generation_config: see transformers.
+            kwargs: see transformers.
+
+        Raises:
+            ValueError: a mode that a memory cannot serve (it is named), or an empty prompt.
+        """
+        for name, mode in _REFUSED.items():
+            values = [kwargs.get(name)]
+            if name not in kwargs:
+                values += [
+                    getattr(source, name, None) for source in (generation_config, self.generation_config)
+                ]
+            if any(value is not None and value is not False and value != 1 for value in values):
+                raise ValueError(
+                    f"{name} asks for {mode}, which memory models do not support. "
+                    "Use greedy decoding, sampling or beam search."
+                )
+        prompt = kwargs.get("input_ids") if inputs is None else inputs
+        mask = kwargs.get("attention_mask")
+        if isinstance(prompt, Tensor):
+            is_empty = prompt.shape[-1] == 0 or (mask is not None and not bool(mask.bool().any(-1).all()))
+            if is_empty:
+                raise ValueError("a prompt is empty. Give at least one token, the bos token for instance.")
+        return super().generate(inputs, generation_config=generation_config, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Loads a saved folder; content that differs from its manifest is refused.
+
+        Args:
+            pretrained_model_name_or_path: the folder.
+            args, kwargs: see transformers.
+
+        Raises:
+            CheckpointError: damaged or incomplete files, or weights of another model.
+        """
+        folder = Path(str(pretrained_model_name_or_path))
+        if folder.is_dir():
+            verify_folder(folder, required=True)
+        wants_info = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(
+            pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+        )
+        for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+            names = sorted(str(name) for name in info.get(problem) or ())
+            if names:
+                raise CheckpointError(
+                    f"{pretrained_model_name_or_path}: {problem.replace('_', ' ')}, first {names[0]} "
+                    f"({len(names)} such). The weights are not those of the config."
+                )
+        twin = MemoryLM(model.config.model, device="meta")
+        restore_parameter_tags(model.model, parameter_tags(twin))
+        _fill_tables(model.model)
+        return (model, info) if wants_info else model
+
+    def save_pretrained(self, save_directory: StrPath, *args: Any, **kwargs: Any) -> None:
+        """Writes an ordinary Hugging Face folder and its manifest, safe against a kill at any moment.
+
+        Args:
+            save_directory: created if absent.
+            args, kwargs: see transformers.
+
+        Raises:
+            CheckpointError: `save_directory` is a file.
+        """
+        folder = Path(save_directory)
+        if folder.exists() and not folder.is_dir():
+            raise CheckpointError(f"{folder} is a file, expected the name of a folder to save into.")
+        if not kwargs.get("is_main_process", True):
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(dir=folder, prefix=".saving-"))
+        try:
+            super().save_pretrained(staging, *args, **kwargs)
+
+            def mover(name: str) -> Callable[[Path], None]:
+                return lambda path: os.replace(staging / name, path)
+
+            names = sorted(path.name for path in staging.iterdir())
+            sealed = [name for name in names if name == CONFIG_NAME or ".safetensors" in name]
+            for name in set(names) - set(
+                sealed
+            ):  # may be edited later, so the manifest does not vouch for it
+                os.replace(staging / name, folder / name)
+            weights_first = sorted(sealed, key=lambda name: name == CONFIG_NAME)
+            write_folder(folder, {name: mover(name) for name in weights_first}, extra={"kind": MODEL_TYPE})
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The embedding."""
+        return self.model.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replaces the embedding.
+
+        Raises:
+            ValueError: the sizes differ.
+        """
+        weight = getattr(value, "weight", None)
+        if weight is None or weight.shape != self.model.embed_tokens.weight.shape:
+            raise ValueError(
+                "the vocabulary of a memory model cannot be resized. Build a model with another vocab_size."
+            )
+        self.model.embed_tokens = cast(nn.Embedding, value)
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        """The head; None where it is the embedding."""
+        return self.model.lm_head
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Nothing: `MemoryLM` and its mixers initialise themselves when they are built."""
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any
+    ) -> None:
+        given = model_kwargs.get("past_key_values")
+        if given is None and generation_config.use_cache is not False:
+            model_kwargs["past_key_values"] = MemoryCache()
+        elif given is not None and not isinstance(given, MemoryCache):
+            raise ValueError(
+                f"past_key_values must be a MemoryCache, got {type(given).__name__}. "
+                "Start with MemoryCache(state)."
+            )
+
+    @staticmethod
+    def _token_mask(attention_mask: Tensor, input_ids: Tensor) -> Tensor | None:
+        """The (B, T) boolean mask of this call, None where every token is real."""
+        rows, length = input_ids.shape
+        if attention_mask.dim() != 2 or attention_mask.shape[0] != rows or attention_mask.shape[1] < length:
+            raise ValueError(
+                f"attention_mask must be (B, T) with B={rows} and at least T={length} columns, "
+                f"got {tuple(attention_mask.shape)}."
+            )
+        mask = attention_mask[:, attention_mask.shape[1] - length :] != 0
+        return None if bool(mask.all()) else mask
+
+
+def _next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross entropy of the next token, in float32."""
+    return F.cross_entropy(
+        logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten().to(logits.device), ignore_index=-100
+    )
+
+
+def _fill_tables(model: MemoryLM) -> None:
+    """Computes the tables that are no weights, which loading leaves empty."""
+    stored = model.state_dict().keys()
+    tables = [name for name, _ in model.named_buffers() if name not in stored]
+    if tables:
+        filled = dict(MemoryLM(model.config, device="cpu").named_buffers())
+        for name, buffer in model.named_buffers():
+            if name in tables:
+                buffer.copy_(filled[name])
+
+
+AutoConfig.register(MODEL_TYPE, MemoryConfig)
+AutoModelForCausalLM.register(MemoryConfig, MemoryForCausalLM)
