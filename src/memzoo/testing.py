@@ -527,10 +527,10 @@ def check_gradients(subject: Subject) -> float:
     return worst
 
 
-def check_bfloat16(mixer: TokenMixer, *, seed: int = 0) -> float:
+def check_bfloat16(mixer: TokenMixer, *, seed: int = 0, device: str = "cpu") -> float:
     """Promise 7: bf16 in, bf16 out, error at most twice that of the reference in bf16; nothing but finite values."""
-    low = Subject(mixer, dtype=torch.bfloat16, seed=seed)
-    high = Subject(mixer, dtype=torch.float32, seed=seed)
+    low = Subject(mixer, dtype=torch.bfloat16, seed=seed, device=device)
+    high = Subject(mixer, dtype=torch.float32, seed=seed, device=device)
     high.mixer.load_state_dict(
         {k: v.to(torch.float32) if v.is_floating_point() else v for k, v in low.mixer.state_dict().items()}
     )
@@ -640,6 +640,7 @@ def check_mixer(
     seed: int = 0,
     exact_size: bool = True,
     compile: bool = True,
+    device: str = "cpu",
 ) -> ContractReport:
     """Runs every check of the contract.
 
@@ -649,6 +650,7 @@ def check_mixer(
         seed: of weights, inputs and splits.
         exact_size: False where the state's size depends on the data; then the declared size is a bound.
         compile: include torch.compile (a few seconds).
+        device: where the mixer runs, such as "cuda".
 
     Raises:
         ContractError: the first broken promise.
@@ -657,7 +659,7 @@ def check_mixer(
         mixer = build_mixer(mixer)
     report = ContractReport()
     for name, check in contract_checks(
-        mixer, splits=splits, seed=seed, exact_size=exact_size, compile=compile
+        mixer, splits=splits, seed=seed, exact_size=exact_size, compile=compile, device=device
     ).items():
         report.errors[name] = check()
     return report
@@ -670,6 +672,7 @@ def contract_checks(
     seed: int = 0,
     exact_size: bool = True,
     compile: bool = True,
+    device: str = "cpu",
 ) -> dict[str, Callable[[], float]]:
     """The checks of `check_mixer` by name, ready to be called one by one."""
     splits = int(os.environ.get("MEMZOO_SPLITS", "25")) if splits is None else splits
@@ -678,7 +681,7 @@ def contract_checks(
         short = str(dtype).removeprefix("torch.")
 
         def subject(dtype: torch.dtype = dtype) -> Subject:
-            return Subject(mixer, dtype=dtype, seed=seed)
+            return Subject(mixer, dtype=dtype, seed=seed, device=device)
 
         checks[f"streaming-{short}"] = lambda make=subject: check_streaming(make(), splits=splits, seed=seed)
         checks[f"causality-{short}"] = lambda make=subject: check_causality(make())
@@ -686,14 +689,14 @@ def contract_checks(
         checks[f"padding-{short}"] = lambda make=subject: check_padding(make())
         checks[f"packing-{short}"] = lambda make=subject: check_packing(make())
         checks[f"tooling-{short}"] = lambda make=subject: check_tooling(make())
-    single = lambda: Subject(mixer, dtype=torch.float32, seed=seed)  # noqa: E731
-    double = lambda: Subject(mixer, dtype=torch.float64, seed=seed)  # noqa: E731
+    single = lambda: Subject(mixer, dtype=torch.float32, seed=seed, device=device)  # noqa: E731
+    double = lambda: Subject(mixer, dtype=torch.float64, seed=seed, device=device)  # noqa: E731
     checks["bites"] = lambda: check_bites(double())
     checks["value"] = lambda: check_value(single())
     checks["size"] = lambda: check_size(single(), exact=exact_size)
     checks["flops"] = lambda: check_flops(single())
     checks["gradients"] = lambda: check_gradients(double())
-    checks["bfloat16"] = lambda: check_bfloat16(mixer, seed=seed)
+    checks["bfloat16"] = lambda: check_bfloat16(mixer, seed=seed, device=device)
     if compile:
         checks["compile"] = lambda: check_compile(single())
     return checks
