@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from ..contract import check_choice, suggest, tag_parameter
 
-# Dimensions: H heads, D width of a raw head (d in formulas), K features, F width of a projection, G group size
+# Dimensions: H heads, D width of a raw head (d in formulas), K features, F width of a projection, G group
 
 FEATURE_FLOOR = 1e-12  # keeps softmax features, and with them the normaliser, above zero (the LoLCATs code)
 
