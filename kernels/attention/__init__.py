@@ -22,6 +22,7 @@ def attention(
     v: Tensor,
     *,
     window_size: int | None = None,
+    window_grid: int | None = None,
     num_sinks: int = 0,
     prefix: KVPrefix | None = None,
     cu_seqlens: Tensor | None = None,
@@ -41,6 +42,9 @@ def attention(
         k: (B, T, Hkv, D), H a multiple of Hkv.
         v: (B, T, Hkv, E).
         window_size: number of visible keys, the query's own included; None for the whole sequence.
+        window_grid: cells of this many positions, whose queries share one window that ends with the cell: i
+            above is then the last position of the query's cell. Twice the grid as window_size lets a cell
+            see itself and the one before it (the terrace of LoLCATs).
         num_sinks: first positions of each sequence that stay visible.
         prefix: keys and values of the past, one row per sequence.
         cu_seqlens: (N+1,) int64 CPU boundaries of a packed row (B = 1); nothing passes a boundary. Sequences
@@ -70,6 +74,11 @@ def attention(
             f"window_size must be at least 1, got {window_size}. Use window_size=None for attention over "
             "the whole sequence."
         )
+    if window_grid is not None and (window_size is None or not 1 <= window_grid <= window_size):
+        raise ValueError(
+            f"window_grid must lie between 1 and window_size={window_size}, got {window_grid}: a cell sees "
+            "at least itself. Leave it out for a window that slides with every token."
+        )
     if num_sinks < 0:
         raise ValueError(f"num_sinks must not be negative, got {num_sinks}.")
     lengths = sequence_lengths(cu_seqlens, q.shape[0], q.shape[1])
@@ -81,7 +90,15 @@ def attention(
     chosen = choose_backend("attention", backend, lambda: "torch")
     if chosen == "reference":
         result = attention_reference(
-            q, k, v, lengths, window_size=window_size, num_sinks=num_sinks, prefix=prefix, scale=scale
+            q,
+            k,
+            v,
+            lengths,
+            window_size=window_size,
+            window_grid=window_grid,
+            num_sinks=num_sinks,
+            prefix=prefix,
+            scale=scale,
         )
         return result if return_stats else AttentionOutput(result.output, None, None)
     return attention_torch(
@@ -91,6 +108,7 @@ def attention(
         lengths,
         is_packed=cu_seqlens is not None,
         window_size=window_size,
+        window_grid=window_grid,
         num_sinks=num_sinks,
         prefix=prefix,
         scale=scale,

@@ -62,6 +62,7 @@ def attention_torch(
     *,
     is_packed: bool,
     window_size: int | None,
+    window_grid: int | None,
     num_sinks: int,
     prefix: KVPrefix | None,
     scale: float,
@@ -76,7 +77,9 @@ def attention_torch(
         keys, values, segments = _lay_out_ragged(k, v, lengths, seen, num_sinks, prefix)
     else:
         keys, values, segments = _lay_out_dense(k, v, seen[0] if seen else 0, num_sinks, prefix)
-    tiles = _make_tiles(segments, num_heads // num_kv_heads, window_size, num_sinks)
+    tiles = _make_tiles(segments, num_heads // num_kv_heads, window_size, window_grid, num_sinks)
+    if window_grid is not None:
+        window_size = None  # a tile lies in one cell of the grid: every key it holds is young enough
     # (B, T, H, D) -> (R, G, T, D) and (B, S, Hkv, D) -> (R, S, D)
     q_rows = q.unflatten(2, (num_kv_heads, -1)).permute(0, 2, 3, 1, 4).flatten(0, 1)
     k_rows = keys.transpose(1, 2).flatten(0, 1)
@@ -172,16 +175,22 @@ def _queries_per_tile(window_size: int | None) -> int:
 
 
 def _make_tiles(
-    segments: list[_Segment], num_groups: int, window_size: int | None, num_sinks: int
+    segments: list[_Segment],
+    num_groups: int,
+    window_size: int | None,
+    window_grid: int | None,
+    num_sinks: int,
 ) -> tuple[_Tile, ...]:
     tiles = []
     block = _queries_per_tile(window_size)
     for segment in segments:
-        for t0 in range(0, segment.length, block):
-            t1 = min(t0 + block, segment.length)
+        for t0, t1 in _cut_queries(segment, block, window_grid):
             start = segment.first_position
             if window_size is not None:
-                start = max(start, segment.num_seen + t0 - window_size + 1)
+                oldest = segment.num_seen + t0
+                if window_grid is not None:
+                    oldest = (oldest // window_grid + 1) * window_grid - 1
+                start = max(start, oldest - window_size + 1)
             num_cols = segment.num_sinks + max(0, min(num_sinks, start) - segment.first_position)
             slot_of_zero = segment.key_start + segment.num_sinks - segment.first_position
             k0, k1 = slot_of_zero + start, slot_of_zero + segment.num_seen + t1
@@ -203,6 +212,18 @@ def _make_tiles(
                     )
                 )
     return tuple(tiles)
+
+
+def _cut_queries(segment: _Segment, block: int, window_grid: int | None) -> list[tuple[int, int]]:
+    """First and last (exclusive) query of each tile: at most `block`, none across a line of the grid."""
+    cuts, t0 = [], 0
+    while t0 < segment.length:
+        t1 = min(t0 + block, segment.length)
+        if window_grid is not None:
+            t1 = min(t1, ((segment.num_seen + t0) // window_grid + 1) * window_grid - segment.num_seen)
+        cuts.append((t0, t1))
+        t0 = t1
+    return cuts
 
 
 class _Masks:

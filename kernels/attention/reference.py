@@ -20,6 +20,7 @@ def attention_reference(
     lengths: tuple[int, ...],
     *,
     window_size: int | None,
+    window_grid: int | None,
     num_sinks: int,
     prefix: KVPrefix | None,
     scale: float,
@@ -36,10 +37,11 @@ def attention_reference(
         positions += range(num_seen, num_seen + length)
         for t in range(length):
             i = num_seen + t
+            last = i if window_grid is None else (i // window_grid + 1) * window_grid - 1
             seen = [
                 slot
                 for slot, j in enumerate(positions)
-                if j <= i and (window_size is None or i - j < window_size or j < num_sinks)
+                if j <= i and (window_size is None or last - j < window_size or j < num_sinks)
             ]
             k_seen = torch.stack([keys[slot] for slot in seen]).to(acc)  # (J, Hkv, D)
             v_seen = torch.stack([values[slot] for slot in seen]).to(acc)  # (J, Hkv, E)
