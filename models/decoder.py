@@ -106,12 +106,20 @@ class DecoderBlock(nn.Module):
         self, hidden: Tensor, ctx: SequenceContext, state: Any = None, is_step: bool = False
     ) -> LayerOutput:
         """Maps the residual stream (B, T, M) or (1, L, M), in internal form, to the next one."""
-        x = hidden if self.mixer_norm is None else self._normed(self.mixer_norm, hidden)
+        x = self.mixer_input(hidden)
         out = self.mixer.mix_step(x, ctx, state) if is_step else self.mixer.mix(x, ctx, state)
-        hidden = hidden + out.hidden
+        return LayerOutput(self.after_mixer(hidden, out.hidden), out.state, out.aux, out.extras)
+
+    def mixer_input(self, hidden: Tensor) -> Tensor:
+        """What the mixer reads: the normalised residual, or the raw one if it owns its norm."""
+        return hidden if self.mixer_norm is None else self._normed(self.mixer_norm, hidden)
+
+    def after_mixer(self, hidden: Tensor, mixed: Tensor) -> Tensor:
+        """The residual stream after the block, given the mixer's output."""
+        hidden = hidden + mixed
         if self.mlp is not None and self.mlp_norm is not None:
             hidden = hidden + self.mlp(self._normed(self.mlp_norm, hidden))
-        return LayerOutput(hidden, out.state, out.aux, out.extras)
+        return hidden
 
     def _normed(self, norm: RMSNorm | nn.LayerNorm, hidden: Tensor) -> Tensor:
         normed: Tensor = norm(hidden)
