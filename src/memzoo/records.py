@@ -19,8 +19,22 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from . import __version__
+
 FORMAT_VERSION = 1
-_LIBRARIES = ("memzoo", "torch", "lightning", "transformers", "tokenizers", "safetensors", "numpy", "triton")
+_LIBRARIES = (
+    "torch",
+    "lightning",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "numpy",
+    "triton",
+    "causal-conv1d",
+    "flash-attn",
+    "flash-linear-attention",
+    "mamba-ssm",
+)
 
 
 def write_record(
@@ -30,6 +44,7 @@ def write_record(
     config: Mapping[str, Any],
     results: Mapping[str, Any],
     command: str | None = None,
+    commit: str | None = None,
 ) -> Path:
     """Write one result with everything needed to repeat it; the file appears whole or not at all.
 
@@ -39,6 +54,7 @@ def write_record(
         config: the settings of the measurement.
         results: the figures. Numbers that are not finite are written as null.
         command: the command line; None takes the one this process was started with.
+        commit: the commit measured; None asks git, which needs the folder ``.git`` beside the sources.
 
     Returns:
         the path written.
@@ -51,7 +67,7 @@ def write_record(
         "name": name,
         "command": current_command() if command is None else command,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "commit": git_commit(),
+        "commit": git_commit() if commit is None else commit,
         "versions": library_versions(),
         "hardware": hardware(),
         "config": _plain(config),
@@ -109,7 +125,7 @@ def current_command() -> str:
 
 def library_versions() -> dict[str, str]:
     """Versions of Python and of the installed libraries that can change a number."""
-    versions = {"python": platform.python_version()}
+    versions = {"python": platform.python_version(), "memzoo": __version__}
     for library in _LIBRARIES:
         try:
             versions[library] = metadata.version(library)

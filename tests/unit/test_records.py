@@ -1,0 +1,64 @@
+"""Records of measurements."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from memzoo.records import read_record, write_record, write_text_atomically
+
+
+def test_a_record_says_how_to_repeat_it(tmp_path: Path) -> None:
+    results = {"loss": 1.5, "curve": torch.tensor([1.0, 2.0]), "bad": math.inf, "count": np.int64(3)}
+    path = write_record(
+        tmp_path / "deep" / "r.json", name="test", config={"window": 4}, results=results, command="memzoo x"
+    )
+    record = read_record(path)
+    assert record["results"] == {"loss": 1.5, "curve": [1.0, 2.0], "bad": None, "count": 3}
+    assert record["config"] == {"window": 4}
+    assert record["command"] == "memzoo x"
+    assert {"python", "memzoo", "torch", "numpy"} <= set(record["versions"])
+    assert record["hardware"]["cores"] >= 1
+    assert set(record) >= {"commit", "date", "name", "format_version"}
+    json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+
+
+def test_a_copy_without_git_can_name_its_commit(tmp_path: Path) -> None:
+    path = write_record(tmp_path / "r.json", name="test", config={}, results={}, commit="0123abc")
+    assert read_record(path)["commit"] == "0123abc"
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "r.json"
+    write_text_atomically(path, "old")
+
+    def fail(*_: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr("os.replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        write_text_atomically(path, "new")
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path], "no temporary file stays behind"
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("{", "not a JSON record"),
+        ("[]", "not a record"),
+        ('{"format_version": 99, "name": "", "results": {}}', "Update memzoo"),
+    ],
+)
+def test_what_is_no_record_is_refused(tmp_path: Path, content: str, message: str) -> None:
+    path = tmp_path / "r.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=message):
+        read_record(path)
+    with pytest.raises(ValueError, match=r"ends in \.json"):
+        write_record(tmp_path / "r.txt", name="x", config={}, results={})
