@@ -7,6 +7,7 @@ add one permutation, see `gguf_weight_map`.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -56,6 +57,20 @@ _ROPE_KEYS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
     ),
 }
+
+
+# fields of an attention layer for which a config.json has one value for all layers
+_SHARED_FIELDS = (
+    "num_heads",
+    "num_kv_heads",
+    "head_dim",
+    "rope_theta",
+    "rope_scaling",
+    "qk_norm",
+    "norm_eps",
+    "qkv_bias",
+    "o_bias",
+)
 
 
 @dataclass(frozen=True)
@@ -122,7 +137,7 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
         CheckpointError: the model is not one of these families (the first obstacle is named).
     """
     attention = [_exportable(index, mixer) for index, mixer in enumerate(config.mixers)]
-    shared = {key: attention[0][key] for key in attention[0] if key not in ("type", "window_size")}
+    shared = {key: attention[0][key] for key in _SHARED_FIELDS}
     for index, fields in enumerate(attention):
         for key, value in shared.items():
             if fields[key] != value:
@@ -518,6 +533,15 @@ def _exportable(index: int, mixer: Any) -> dict[str, Any]:
             "save the model with save_pretrained instead."
         )
     fields = mixer.to_dict()
+    if fields["rope_theta"] is None:
+        raise CheckpointError(f"layer {index} has no rotary positions, which every Llama-style family has.")
+    for item in dataclasses.fields(mixer):
+        known = item.name in (*_SHARED_FIELDS, "type", "d_model", "window_size", "num_sinks")
+        if not known and fields[item.name] != item.default:
+            raise CheckpointError(
+                f"layer {index} has {item.name}={fields[item.name]!r}, which no Llama-style family has. "
+                "Use save_pretrained."
+            )
     if fields.get("num_sinks"):
         raise CheckpointError(
             f"layer {index} has {fields['num_sinks']} sinks, which no Llama-style family has. "
