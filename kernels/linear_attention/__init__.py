@@ -100,20 +100,22 @@ def linear_attention(
             q, k, v, g, lengths, normalize=normalize, scale=scale, eps=eps, initial_state=initial_state
         )
         return output, state if return_state else None
-    return linear_attention_torch(
-        q,
-        k,
-        v,
-        g,
-        lengths,
-        is_packed=cu_seqlens is not None,
-        normalize=normalize,
-        scale=scale,
-        eps=eps,
-        initial_state=initial_state,
-        return_state=return_state,
-        chunk_size=chunk_size,
-    )
+    # sums stay in the accumulation dtype: autocast must not round the matmuls that make them
+    with torch.autocast(q.device.type, enabled=False):
+        return linear_attention_torch(
+            q,
+            k,
+            v,
+            g,
+            lengths,
+            is_packed=cu_seqlens is not None,
+            normalize=normalize,
+            scale=scale,
+            eps=eps,
+            initial_state=initial_state,
+            return_state=return_state,
+            chunk_size=chunk_size,
+        )
 
 
 def _check_decay(g: Tensor, q: Tensor, k: Tensor, v: Tensor, normalize: bool) -> None:
