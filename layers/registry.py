@@ -7,7 +7,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .attention import Attention, AttentionConfig
+from .base_conv import BaseConv, BaseConvConfig
+from .based import BasedAttention, BasedConfig
 from .contract import MixerConfig, TokenMixer, suggest
+from .linear_attention import LinearAttention, LinearAttentionConfig
+from .lolcats import Lolcats, LolcatsConfig
+from .parallel import Parallel, ParallelConfig
+from .sequential import Sequential, SequentialConfig
 from .sliding_window import SlidingWindowAttention, SlidingWindowConfig
 
 
@@ -94,4 +100,10 @@ def build_mixer(config: Mapping[str, Any] | MixerConfig) -> TokenMixer:
 
 
 register_mixer("attention", Attention, AttentionConfig)
+register_mixer("base_conv", BaseConv, BaseConvConfig)
+register_mixer("based", BasedAttention, BasedConfig)
+register_mixer("linear_attention", LinearAttention, LinearAttentionConfig)
+register_mixer("lolcats", Lolcats, LolcatsConfig)
+register_mixer("parallel", Parallel, ParallelConfig)
+register_mixer("sequential", Sequential, SequentialConfig)
 register_mixer("sliding_window", SlidingWindowAttention, SlidingWindowConfig)

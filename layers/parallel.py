@@ -1,0 +1,106 @@
+"""Several mixers side by side on the same input, added up.
+
+    sum        y = m_0(x) + m_1(x) + ...
+    gated      y = sum_i sigmoid(w_i . x + b_i) m_i(x)        one gate per token and mixer, 1/2 at
+    initialisation channel    y = m_0(x) + sum_{i > 0} c_i * m_i(x)          one coefficient per channel, 0 at
+    initialisation
+
+`channel` adds memories to a trained mixer without changing it at first.
+State: the states of the inner mixers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .contract import TokenMixer, check_choice, tag_parameter
+from .parts.composite import CompositeConfig, CompositeMixer
+
+# Dimensions: B batch, T tokens, I inner mixers, M model width
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig(CompositeConfig):
+    """Configuration of `Parallel`.
+
+    Attributes:
+        combine: "sum", "gated" or "channel".
+    """
+
+    type: str = "parallel"
+    combine: str = "sum"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("combine", self.combine, ("sum", "gated", "channel"))
+
+
+class Parallel(CompositeMixer):
+    """Adds the outputs of mixers that read the same input."""
+
+    config: ParallelConfig
+
+    def __init__(self, config: ParallelConfig, mixers: Sequence[TokenMixer]) -> None:
+        super().__init__(config, mixers)
+        self.gate_proj: nn.Linear | None = None
+        self.coefficient: nn.Parameter | None = None
+        if config.combine == "gated":
+            self.gate_proj = nn.Linear(config.d_model, len(mixers))
+            for parameter in self.gate_proj.parameters():
+                tag_parameter(parameter, weight_decay=False)
+        elif config.combine == "channel":
+            coefficient = nn.Parameter(torch.empty(len(mixers) - 1, config.d_model))
+            self.coefficient = tag_parameter(coefficient, weight_decay=False)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Gates at 1/2, coefficients at 0; the inner mixers initialise themselves."""
+        if self.gate_proj is not None:
+            nn.init.zeros_(self.gate_proj.weight)
+            nn.init.zeros_(self.gate_proj.bias)
+        if self.coefficient is not None:
+            nn.init.zeros_(self.coefficient)
+
+    def compose(self, x: Tensor, run: Callable[[int, Tensor], Tensor]) -> Tensor:
+        """The sum of all outputs, weighted as configured."""
+        outputs = [run(index, x) for index in range(len(self.mixers))]
+        if self.gate_proj is not None:
+            gates = self.gate_proj(x).sigmoid().unbind(-1)  # I of (B, T)
+            outputs = [gate[..., None] * output for gate, output in zip(gates, outputs, strict=True)]
+        if self.coefficient is not None:
+            added = zip(self.coefficient.to(x.dtype), outputs[1:], strict=True)
+            outputs = [outputs[0], *(coefficient * output for coefficient, output in added)]
+        return sum(outputs[1:], outputs[0])
+
+    def flops_per_token(self, num_tokens: int) -> int:
+        """The inner mixers and the gate."""
+        gate = 0 if self.gate_proj is None else 2 * self.gate_proj.weight.numel()
+        return super().flops_per_token(num_tokens) + gate
+
+    @classmethod
+    def small_configs(cls) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+        """Two mixers with gates; three mixers with channel coefficients."""
+        return (
+            {
+                "d_model": 24,
+                "combine": "gated",
+                "mixers": [
+                    {"type": "sliding_window", "num_heads": 2, "window_size": 5},
+                    {"type": "based", "num_heads": 3, "feature_dim": 3, "chunk_size": 4},
+                ],
+            },
+            {
+                "d_model": 16,
+                "combine": "channel",
+                "mixers": [
+                    {"type": "linear_attention", "num_heads": 2, "chunk_size": 6},
+                    {"type": "base_conv", "conv_size": 4},
+                    {"type": "sliding_window", "num_heads": 1, "window_size": 3, "num_sinks": 2},
+                ],
+            },
+        )
