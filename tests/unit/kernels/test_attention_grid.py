@@ -6,7 +6,8 @@ from torch import Tensor
 
 from memzoo.kernels import KVPrefix, attention
 
-WINDOWS = [(6, 3, 0), (4, 4, 2), (5, 2, 7), (5, 2, 0), (7, 4, 1), (1, 1, 0)]  # window_size, window_grid, num_sinks
+# (window_size, window_grid, num_sinks)
+WINDOWS = [(6, 3, 0), (4, 4, 2), (5, 2, 7), (5, 2, 0), (7, 4, 1), (1, 1, 0)]
 
 
 def heads(num_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
