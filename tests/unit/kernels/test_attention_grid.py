@@ -6,7 +6,7 @@ from torch import Tensor
 
 from memzoo.kernels import KVPrefix, attention
 
-# (window_size, window_grid, num_sinks)
+# Each: size, grid and sinks of a window
 WINDOWS = [(6, 3, 0), (4, 4, 2), (5, 2, 7), (5, 2, 0), (7, 4, 1), (1, 1, 0)]
 
 
