@@ -1,0 +1,405 @@
+"""Calls of every kernel with inputs that reach its corners, and the rule that judges a backend on them.
+
+Truth is the `reference` of the operation in float64 on the CPU. Inputs are numbers that bfloat16 holds
+exactly, so that one truth serves every precision; slots that must never be read hold NaN.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from memzoo.kernels import KVPrefix, LinearState, attention, causal_conv, decode_attention, linear_attention
+from memzoo.testing import ContractError, assert_close
+
+# Dimensions: B batch, T tokens, N sequences, P prefix slots, S sink or cache slots, H heads, D key width, E
+# value width
+
+Tensors = dict[str, Tensor]
+
+BOUNDS = {torch.float64: 1e-9, torch.float32: 1e-4}  # relative to max(1, largest true value)
+BFLOAT16_FACTORS = {"output": 2.0, "gradient": 3.0}  # of the error that the reference makes in bfloat16
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of an operation.
+
+    Attributes:
+        operation: name in `memzoo.kernels.backend.OPERATIONS`.
+        name: what is special about the call.
+        make: draws the inputs, float64 on the CPU; floating-point inputs get gradients.
+        call: runs the operation on inputs with a backend.
+        accumulators: inputs that are float32 where the activations are bfloat16.
+    """
+
+    operation: str
+    name: str
+    make: Callable[[torch.Generator], Tensors]
+    call: Callable[[Tensors, str], Tensors]
+    accumulators: tuple[str, ...] = ()
+
+    @cached_property
+    def inputs(self) -> Tensors:
+        """Inputs of this case, the same in every run."""
+        return self.make(torch.Generator().manual_seed(zlib.crc32(f"{self.operation} {self.name}".encode())))
+
+    @cached_property
+    def truth(self) -> Tensors:
+        """Outputs and gradients by the definition in float64."""
+        return self.run("reference", torch.float64, torch.device("cpu"))
+
+    @cached_property
+    def bfloat16_reference(self) -> Tensors:
+        """What the definition gives in bfloat16."""
+        return self.run("reference", torch.bfloat16, torch.device("cpu"))
+
+    def run(self, backend: str, dtype: torch.dtype, device: torch.device) -> Tensors:
+        """Outputs ("output ...") and gradients ("gradient ...") of the call, as float64 on the CPU."""
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        leaves: Tensors = {}
+        for name, tensor in self.inputs.items():
+            if tensor.is_floating_point():
+                own = wide if name in self.accumulators else dtype
+                leaves[name] = tensor.clone().to(device, own).requires_grad_()
+            else:
+                leaves[name] = tensor.to(device)
+        outputs = self.call(leaves, backend)
+        found: Tensors = {f"output {name}": out.detach().cpu().double() for name, out in outputs.items()}
+        loss = sum((out.double() * _weights(name, out)).sum() for name, out in outputs.items())
+        assert isinstance(loss, Tensor)
+        loss.backward()
+        for name, leaf in leaves.items():
+            if leaf.is_floating_point():
+                grad = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+                found[f"gradient {name}"] = grad.cpu().double()
+        return found
+
+    def check(self, backend: str, dtype: torch.dtype, device: torch.device) -> float:
+        """Compare a backend with the truth.
+
+        Returns:
+            The largest error as a share of what is allowed.
+
+        Raises:
+            ContractError: an error above the bound, a value that is not finite, or a wrong shape.
+            ValueError: the backend does not cover this call.
+        """
+        found = self.run(backend, dtype, device)
+        worst = 0.0
+        for name, expected in self.truth.items():
+            where = f"{self.operation} {self.name}: {name}"
+            if dtype in BOUNDS:
+                error = assert_close(where, found[name], expected, BOUNDS[dtype])
+                worst = max(worst, error / BOUNDS[dtype])
+                continue
+            assert_close(where, found[name], expected, float("inf"))  # shape, and finite values only
+            factor = BFLOAT16_FACTORS[name.split()[0]]
+            error = _largest(found[name] - expected)
+            own = _largest(self.bfloat16_reference[name] - expected)
+            allowed = factor * own + 1e-6
+            if not error <= allowed:
+                raise ContractError(
+                    f"{where}: error {error:.3g}, allowed {allowed:.3g}, {factor:g} times the reference's"
+                )
+            worst = max(worst, error / allowed)
+        return worst
+
+
+def _largest(x: Tensor) -> float:
+    return float(x.abs().max()) if x.numel() else 0.0
+
+
+def _randn(generator: torch.Generator, *shape: int) -> Tensor:
+    """Normal numbers that bfloat16 holds exactly."""
+    return torch.randn(*shape, generator=generator).bfloat16().double()
+
+
+def _weights(name: str, out: Tensor) -> Tensor:
+    """Fixed weights of an output in the loss whose gradients are compared."""
+    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+    return _randn(generator, *out.shape).to(out.device)
+
+
+def _bounds(lengths: Sequence[int] | None) -> Tensor | None:
+    return None if lengths is None else torch.tensor([0, *lengths]).cumsum(0)
+
+
+def _rows(lengths: Sequence[int] | None, batch_size: int, num_tokens: int) -> tuple[int, int, int]:
+    """B, T and N of a call."""
+    return (batch_size, num_tokens, batch_size) if lengths is None else (1, sum(lengths), len(lengths))
+
+
+# ------------------------------------------------------------------ attention
+
+
+def _attention(
+    name: str,
+    *,
+    tokens: int = 0,
+    lengths: Sequence[int] | None = None,
+    batch: int = 2,
+    heads: int = 4,
+    kv_heads: int = 4,
+    width: int = 32,
+    value_width: int | None = None,
+    seen: Sequence[int] | None = None,
+    slots: int = 0,
+    sink_slots: int = 0,
+    stats: bool = False,
+    **options: Any,
+) -> Case:
+    """A case of `attention`: each sequence has `seen` so many tokens before, the last `slots` are carried."""
+    num_rows, num_tokens, num_sequences = _rows(lengths, batch, tokens)
+    num_seen = torch.tensor(seen or [0] * num_sequences)
+
+    def make(generator: torch.Generator) -> Tensors:
+        value = width if value_width is None else value_width
+        made = {
+            "q": _randn(generator, num_rows, num_tokens, heads, width),
+            "k": _randn(generator, num_rows, num_tokens, kv_heads, width),
+            "v": _randn(generator, num_rows, num_tokens, kv_heads, value),
+        }
+        if seen is not None:
+            position = num_seen[:, None] - slots + torch.arange(slots)  # (N, P)
+            for kind, size in (("k", width), ("v", value)):
+                past = _randn(generator, num_sequences, slots, kv_heads, size)
+                past[position < 0] = float("nan")
+                made[f"prefix_{kind}"] = past
+                if sink_slots:
+                    sinks = _randn(generator, num_sequences, sink_slots, kv_heads, size)
+                    for n in range(num_sequences):
+                        for j in range(sink_slots):
+                            if j >= int(num_seen[n]):
+                                sinks[n, j] = float("nan")
+                            elif bool((position[n] == j).any()):
+                                sinks[n, j] = past[n, position[n] == j][0]
+                    made[f"sink_{kind}"] = sinks
+        return made
+
+    def call(tensors: Tensors, backend: str) -> Tensors:
+        prefix = None
+        if seen is not None:
+            prefix = KVPrefix(
+                tensors["prefix_k"],
+                tensors["prefix_v"],
+                num_seen,
+                tensors.get("sink_k"),
+                tensors.get("sink_v"),
+            )
+        out = attention(
+            tensors["q"],
+            tensors["k"],
+            tensors["v"],
+            prefix=prefix,
+            cu_seqlens=_bounds(lengths),
+            return_stats=stats,
+            backend=backend,
+            **options,
+        )
+        found = {"output": out.output, "lse": out.lse, "row_max": out.row_max}
+        return {key: tensor for key, tensor in found.items() if tensor is not None}
+
+    return Case("attention", name, make, call)
+
+
+# ------------------------------------------------------------------ linear attention
+
+
+def _linear(
+    name: str,
+    *,
+    tokens: int = 0,
+    lengths: Sequence[int] | None = None,
+    batch: int = 2,
+    heads: tuple[int, int, int] = (3, 3, 3),
+    widths: tuple[int, int] = (32, 32),
+    decay_heads: int = 0,
+    with_state: bool = False,
+    normalize: bool = False,
+    **options: Any,
+) -> Case:
+    """A case of `linear_attention`; heads of queries, keys and values."""
+    num_rows, num_tokens, num_sequences = _rows(lengths, batch, tokens)
+
+    def make(generator: torch.Generator) -> Tensors:
+        key, value = widths
+        made = {
+            "q": _randn(generator, num_rows, num_tokens, heads[0], key),
+            "k": _randn(generator, num_rows, num_tokens, heads[1], key),
+            "v": _randn(generator, num_rows, num_tokens, heads[2], value),
+        }
+        if normalize:  # feature maps give positive queries and keys there
+            made["q"], made["k"] = made["q"].abs(), made["k"].abs()
+        if decay_heads:
+            made["g"] = -0.25 * _randn(generator, num_rows, num_tokens, decay_heads).abs()
+        if with_state:
+            made["memory"] = _randn(generator, num_sequences, heads[2], key, value)
+            if normalize:
+                made["normalizer"] = 4 * _randn(generator, num_sequences, heads[1], key).abs()
+        return made
+
+    def call(tensors: Tensors, backend: str) -> Tensors:
+        state = LinearState(tensors["memory"], tensors.get("normalizer")) if with_state else None
+        out, new_state = linear_attention(
+            tensors["q"],
+            tensors["k"],
+            tensors["v"],
+            g=tensors.get("g"),
+            normalize=normalize,
+            initial_state=state,
+            return_state=True,
+            cu_seqlens=_bounds(lengths),
+            backend=backend,
+            **options,
+        )
+        assert new_state is not None
+        found = {"output": out, "memory": new_state.memory, "normalizer": new_state.normalizer}
+        return {key: tensor for key, tensor in found.items() if tensor is not None}
+
+    return Case("linear_attention", name, make, call, ("g", "memory", "normalizer"))
+
+
+# ------------------------------------------------------------------ the others
+
+
+def _conv(
+    name: str,
+    *,
+    tokens: int = 0,
+    lengths: Sequence[int] | None = None,
+    batch: int = 2,
+    channels: int = 24,
+    kernel: int = 4,
+    with_bias: bool = False,
+    with_tail: bool = False,
+    activation: str | None = None,
+) -> Case:
+    num_rows, num_tokens, num_sequences = _rows(lengths, batch, tokens)
+
+    def make(generator: torch.Generator) -> Tensors:
+        made = {
+            "x": _randn(generator, num_rows, num_tokens, channels),
+            "weight": _randn(generator, channels, kernel),
+        }
+        if with_bias:
+            made["bias"] = _randn(generator, channels)
+        if with_tail:
+            made["tail"] = _randn(generator, num_sequences, kernel - 1, channels)
+        return made
+
+    def call(tensors: Tensors, backend: str) -> Tensors:
+        y, tail = causal_conv(
+            tensors["x"],
+            tensors["weight"],
+            tensors.get("bias"),
+            activation=activation,
+            tail=tensors.get("tail"),
+            cu_seqlens=_bounds(lengths),
+            backend=backend,
+        )
+        return {"y": y, "tail": tail}
+
+    return Case("causal_conv", name, make, call)
+
+
+def _decode(
+    name: str,
+    *,
+    slots: int,
+    batch: int = 3,
+    heads: int = 4,
+    kv_heads: int = 4,
+    width: int = 32,
+    value_width: int = 32,
+    ragged: bool = False,
+    stats: bool = False,
+) -> Case:
+    def make(generator: torch.Generator) -> Tensors:
+        made = {
+            "q": _randn(generator, batch, 1, heads, width),
+            "k": _randn(generator, batch, slots, kv_heads, width),
+            "v": _randn(generator, batch, slots, kv_heads, value_width),
+        }
+        if ragged:
+            valid = torch.rand(batch, slots, generator=generator) < 0.6
+            valid[:, 0] = True
+            made["k"][~valid] = made["v"][~valid] = float("nan")
+            made["valid"] = valid
+        return made
+
+    def call(tensors: Tensors, backend: str) -> Tensors:
+        out = decode_attention(
+            tensors["q"],
+            tensors["k"],
+            tensors["v"],
+            valid=tensors.get("valid"),
+            return_stats=stats,
+            backend=backend,
+        )
+        found = {"output": out.output, "lse": out.lse, "row_max": out.row_max}
+        return {key: tensor for key, tensor in found.items() if tensor is not None}
+
+    return Case("decode_attention", name, make, call)
+
+
+CASES: tuple[Case, ...] = (
+    _attention("causal", tokens=70),
+    _attention("causal, grouped heads, statistics", tokens=130, heads=6, kv_heads=2, width=40, stats=True),
+    _attention("causal, wider values", tokens=66, value_width=48),
+    _attention("causal, heads of 128", tokens=130, batch=1, heads=2, kv_heads=1, width=128),
+    _attention("window", tokens=70, window_size=16),
+    _attention("window, one key head, statistics", tokens=130, kv_heads=1, window_size=64, stats=True),
+    _attention("window, heads of 128", tokens=200, batch=1, heads=2, kv_heads=2, width=128, window_size=128),
+    _attention("window and sinks, statistics", tokens=160, window_size=33, num_sinks=4, stats=True),
+    _attention("window that ends with a cell", tokens=70, window_size=32, window_grid=16),
+    _attention("packed", lengths=(37, 1, 0, 64, 28), kv_heads=2),
+    _attention("packed, window", lengths=(37, 1, 0, 64, 28), window_size=16),
+    _attention("packed, window and sinks", lengths=(37, 1, 0, 64, 28), window_size=16, num_sinks=3),
+    _attention("prefix", tokens=40, seen=(90, 90), slots=90),
+    _attention("prefix, one token, window", tokens=1, kv_heads=2, seen=(200, 200), slots=63, window_size=64),
+    _attention("prefix, unequal pasts, window", tokens=20, seen=(5, 100), slots=32, window_size=32),
+    _attention(
+        "prefix, unequal pasts, window and sinks, statistics",
+        tokens=20,
+        kv_heads=2,
+        seen=(3, 100),
+        slots=32,
+        sink_slots=4,
+        window_size=32,
+        num_sinks=4,
+        stats=True,
+    ),
+    _attention(
+        "prefix, packed, window and sinks",
+        lengths=(10, 0, 33, 1),
+        seen=(0, 3, 77, 50),
+        slots=24,
+        sink_slots=2,
+        window_size=24,
+        num_sinks=2,
+    ),
+    _linear("no decay", tokens=130),
+    _linear("one token", tokens=1, with_state=True),
+    _linear("decay per head, state", tokens=100, decay_heads=3, with_state=True),
+    _linear("odd widths, small chunks", tokens=70, widths=(24, 40), decay_heads=3, chunk_size=16),
+    _linear("normalised, state", tokens=65, normalize=True, with_state=True),
+    _linear("normalised, decay, grouped queries", tokens=65, heads=(6, 2, 2), decay_heads=2, normalize=True),
+    _linear("grouped values, decay per value head", tokens=65, heads=(2, 2, 4), decay_heads=4),
+    _linear("packed, state", lengths=(37, 0, 1, 64, 20), with_state=True),
+    _linear("packed, decay, state", lengths=(37, 0, 1, 64, 20), decay_heads=3, with_state=True),
+    _conv("plain", tokens=70),
+    _conv("bias, silu, tail", tokens=70, with_bias=True, with_tail=True, activation="silu"),
+    _conv("one token, tail", tokens=1, kernel=3, with_tail=True),
+    _conv("packed, shorter than the kernel", lengths=(2, 0, 1, 50), with_tail=True, activation="silu"),
+    _decode("one slot", slots=1),
+    _decode("many slots", slots=200, width=64, value_width=64),
+    _decode("grouped heads, odd widths", slots=65, heads=6, kv_heads=2, width=40, value_width=24),
+    _decode("invalid slots, statistics", slots=70, heads=4, kv_heads=1, ragged=True, stats=True),
+)
