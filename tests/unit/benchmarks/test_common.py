@@ -12,8 +12,7 @@ BENCHMARKS = Path(__file__).resolve().parents[3] / "benchmarks"
 
 
 @pytest.fixture
-def common(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
+def common():
     import common
 
     return common
@@ -77,7 +76,7 @@ def test_a_quick_run_leaves_the_stored_records_alone(common, tmp_path: Path) -> 
 
 
 def test_run_finds_the_scripts_and_reports_failures(
-    common, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     import run
 
