@@ -13,8 +13,8 @@ keys Wn(t) and the far keys Ln(t) share no key and together hold every j <= t:
 
 The first `num_sinks` keys stay near for good (our addition). While nothing has left the window the layer *is*
 softmax attention: gam cancels. phi = `hedgehog_lolcats`, per query head, after rotation and grouping.
-State: keys and values of the window (2 w for terrace) and the sinks in the dtype of the activations; per query
-head the memory [sum phi_k^T v | sum phi_k^T], (2 F, D + 1) float32. Constant.
+State: keys and values of the window (2 w for terrace) and the sinks in the dtype of the activations; the
+memory [sum phi_k^T v | sum phi_k^T], (2 F, D + 1) float32 per query head. Constant.
 """
 
 from __future__ import annotations
