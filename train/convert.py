@@ -418,7 +418,8 @@ def convert_and_compare(
 
 def comparison_results(rows: Sequence[Row]) -> dict[str, Any]:
     """Plain data: every row with its losses, and the paired differences between rows, per book and over all
-    books."""
+    books.
+    """
     by_name = {row.name: row for row in rows}
     results: dict[str, Any] = {
         "rows": {
@@ -442,7 +443,8 @@ def comparison_results(rows: Sequence[Row]) -> dict[str, Any]:
 
 def comparison_table(rows: Sequence[Row]) -> str:
     """The rows as text: perplexity per book, state bytes at three lengths, trained parameters; then the
-    differences."""
+    differences.
+    """
     books = list(rows[0].losses)
     table: list[tuple[str, ...]] = [
         ("model", *books, "state 1k", "state 32k", "state 1M", "trained"),

@@ -111,7 +111,8 @@ def run_demo(output: str = "demo_output", recipe: str = "demo", num_windows: int
 
 def parity_with_transformers(model: MemoryLM, checkpoint: str, ids: Tensor) -> dict[str, float]:
     """Logits of this library beside those of transformers' own reading of the same GGUF file, both
-    float32."""
+    float32.
+    """
     from transformers import AutoModelForCausalLM
 
     path = Path(checkpoint)

@@ -83,7 +83,7 @@ def test_a_broken_copy_is_reported() -> None:
         student.layers[1].mixer.q_proj.weight.add_(0.5)
         student.norm.weight.add_(1.0)
     check_parity(source, student, report, tokens())
-    with pytest.raises(ValueError, match="does not agree with its source.*weights outside"):
+    with pytest.raises(ValueError, match=r"does not agree with its source.*weights outside"):
         report.raise_on_failure()
     assert sum(not check.passed for check in report.checks) == 2
 

@@ -77,7 +77,8 @@ def test_alignment_gives_other_layers_exactly_zero_gradient() -> None:
         if not parameter.requires_grad:
             assert parameter.grad is None
         elif name.startswith("layers.1."):
-            assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
+            assert parameter.grad is not None, name
+            assert parameter.grad.abs().sum() > 0, name
         else:
             assert parameter.grad is None, name
 
