@@ -225,7 +225,7 @@ def _checked_bounds(cu_seqlens: Tensor, rows: int, length: int) -> Tensor:
             bounds.tolist() if bounds.numel() <= 16 else f"{bounds.numel()} values up to {int(bounds[-1])}"
         )
         raise ValueError(
-            f"cu_seqlens must be a vector that starts at 0, never decreases and ends at the {length} tokens of "
-            f"the row, got {given}."
+            f"cu_seqlens must be a vector that starts at 0, never decreases and ends at the {length} tokens "
+            f"of the row, got {given}."
         )
     return bounds
