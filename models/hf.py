@@ -432,6 +432,22 @@ class MemoryForCausalLM(PreTrainedModel, GenerationMixin):
         return None if bool(mask.all()) else mask
 
 
+def save_model(model: MemoryLM, folder: StrPath, tokenizer: Any = None) -> None:
+    """Writes a model, and its tokenizer if there is one, as an ordinary Hugging Face folder.
+
+    Args:
+        model: what to save.
+        folder: created if absent.
+        tokenizer: a transformers tokenizer; its special tokens become those of the model.
+    """
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    found = {name: getattr(tokenizer, name, None) for name in names}
+    ids = {name: int(value) for name, value in found.items() if value is not None}
+    MemoryForCausalLM.from_model(model, **ids).save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+
+
 def _next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Mean cross entropy of the next token, in float32."""
     return F.cross_entropy(

@@ -113,21 +113,11 @@ class SaveModelFolder(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.fast_dev_run or not trainer.is_global_zero:
             return
-        from ..models.hf import MemoryForCausalLM
+        from ..models.hf import save_model
 
         folder = Path(self.folder or Path(trainer.log_dir or trainer.default_root_dir) / "model")
-        tokenizer = getattr(trainer.datamodule, "tokenizer", None)
-        ids = {} if tokenizer is None else token_ids(tokenizer)
-        MemoryForCausalLM.from_model(pl_module.model, **ids).save_pretrained(folder)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
+        save_model(pl_module.model, folder, getattr(trainer.datamodule, "tokenizer", None))
         logger.info("wrote the trained model to %s", folder)
-
-
-def token_ids(tokenizer: Any) -> dict[str, int]:
-    """Ids of the special tokens that a tokenizer has, under the names of a model's config."""
-    names = ("bos_token_id", "eos_token_id", "pad_token_id")
-    return {name: int(value) for name in names if (value := getattr(tokenizer, name)) is not None}
 
 
 def peak_memory_gib() -> float:

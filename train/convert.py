@@ -458,7 +458,7 @@ def comparison_table(rows: Sequence[Row]) -> str:
                 f"{row.num_trained:,}" if row.num_trained else "-",
             )
         )
-    lines = [align_columns(table)]
+    lines = [align_columns(table, num_left=1)]
     if books:
         for label, found in comparison_results(rows)["differences"].items():
             for book, pair in found.items():

@@ -134,7 +134,7 @@ def decode_speed(
     low = model.to(torch.bfloat16).eval()
     found = {}
     for context in contexts:
-        state = None
+        state: Any = None
         for start in range(0, context, 1024):
             state = low(tokens[None, start : min(start + 1024, context)], state, return_state=True).state
         seconds = []

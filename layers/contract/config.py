@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import dataclasses
 import difflib
 from collections.abc import Iterable, Mapping
@@ -49,7 +50,7 @@ class MixerConfig:
         check_positive(self, "d_model")
 
     @classmethod
-    def from_dict(cls: type[ConfigT], values: Mapping[str, Any]) -> ConfigT:
+    def from_dict(cls: builtins.type[ConfigT], values: Mapping[str, Any]) -> ConfigT:
         """Builds the config; an unknown key is an error that suggests the nearest.
 
         Raises:
@@ -74,9 +75,10 @@ class MixerConfig:
                 f"mixer {values.get('type', cls.__name__)!r} needs the keys {missing}. Add them to the "
                 "config."
             )
-        return cls(
-            **{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
-        )
+        frozen: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
+        }
+        return cls(**frozen)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data (JSON, YAML) from which `from_dict` builds an equal config."""

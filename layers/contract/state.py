@@ -13,7 +13,7 @@ import dataclasses
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -50,9 +50,11 @@ class State:
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         State._types[cls.__name__] = cls
-        pytree.register_pytree_node(
-            cls, _flatten, lambda leaves, names, cls=cls: cls(**dict(zip(names, leaves, strict=True)))
-        )
+
+        def rebuild(leaves: Iterable[Any], names: list[str]) -> State:
+            return cls(**dict(zip(names, leaves, strict=True)))
+
+        pytree.register_pytree_node(cls, _flatten, rebuild)
 
     @property
     def batch_size(self) -> int:
@@ -63,7 +65,7 @@ class State:
         `include_host=False`.
         """
         self.check_usable()
-        values = {}
+        values: dict[str, Any] = {}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if isinstance(value, Tensor):
