@@ -50,6 +50,7 @@ class SlidingWindowAttention(AttentionBase):
     """
 
     config: SlidingWindowConfig
+    overridable = frozenset({"window_size", "num_sinks"})
 
     def __init__(self, config: SlidingWindowConfig) -> None:
         super().__init__(config)

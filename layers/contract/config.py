@@ -75,10 +75,10 @@ class MixerConfig:
                 f"mixer {values.get('type', cls.__name__)!r} needs the keys {missing}. Add them to the "
                 "config."
             )
-        frozen: dict[str, Any] = {
+        given: dict[str, Any] = {
             key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
         }
-        return cls(**frozen)
+        return cls(**given)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data (JSON, YAML) from which `from_dict` builds an equal config."""

@@ -4,8 +4,7 @@ Inside a mixer there are two forms only, and both are free of padding:
 
 - dense: (B, T, ...), every row one sequence with T real tokens, `cu_seqlens` None. No gathers.
 - packed: (1, L, ...), N sequences one after the other, `cu_seqlens` (N + 1,) on the CPU. A batch with a mask
-is compressed
-  into this form, packed rows have it already.
+  is compressed into this form, packed rows have it already.
 
 N sequences mean N rows of state. A sequence may have no token in a call; its state is then unchanged.
 """
@@ -32,7 +31,8 @@ class SequenceContext:
 
     Attributes:
         lengths: tokens of each sequence in this call, N integers.
-        num_seen: (N,) int64 on the CPU, tokens that each sequence had read before this call.
+        num_seen: (N,) int64 on the CPU, tokens that each sequence had read before this call; `starts` has
+            them as integers.
         uniform_num_seen: the common value of `num_seen`, or None where sequences differ.
         positions: (B, T) or (1, L) int64 on the device of the inputs: position of each token in its own
             sequence.
@@ -68,9 +68,16 @@ class SequenceContext:
         return len(self.lengths)
 
     @property
+    def starts(self) -> tuple[int, ...]:
+        """`num_seen` as N integers, for arithmetic on the token grid, also under torch.compile."""
+        if self.uniform_num_seen is not None:
+            return (self.uniform_num_seen,) * self.batch_size
+        return tuple(self.num_seen.tolist())
+
+    @property
     def num_tokens_after(self) -> Tensor:
         """(N,) int64 on the CPU, tokens that each sequence has read after this call."""
-        return self.num_seen + torch.tensor(self.lengths, dtype=torch.int64)
+        return self.num_seen.add(torch.tensor(self.lengths, dtype=torch.int64))
 
     def pack(self, x: Tensor) -> Tensor:
         """Brings a per-token input (B, T, ...) into the internal form."""
@@ -84,8 +91,7 @@ class SequenceContext:
             return x
         rows, length = self.input_shape
         out = x.new_zeros(rows * length, *x.shape[2:])
-        filled = out.index_copy(0, self.token_index, x.squeeze(0))
-        return filled.reshape(rows, length, *x.shape[2:])
+        return out.index_copy(0, self.token_index, x.squeeze(0)).reshape(rows, length, *x.shape[2:])
 
     def split(self, x: Tensor) -> list[Tensor]:
         """One tensor (tokens, ...) per sequence, from the internal form."""

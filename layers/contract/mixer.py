@@ -1,5 +1,4 @@
-"""The base class of every token mixer: it turns all ways of giving tokens into one internal form and checks
-the caller.
+"""The base class of every token mixer: all ways of giving tokens become one internal form.
 
 A mixer implements `init_weights`, `init_state` and `mix`; `mix_step` only when one token deserves its own
 path.
@@ -19,8 +18,7 @@ from .config import MixerConfig
 from .context import SequenceContext, build_context
 from .state import State
 
-# Dimensions: B batch rows, T tokens, N sequences (= rows of the state), L tokens in packed form, M model
-# width
+# Dimensions: B batch rows, T tokens, N sequences (= rows of the state), L tokens in packed form, M width
 
 
 @dataclass
@@ -47,11 +45,17 @@ class TokenMixer(nn.Module):
         exact: where a sequence may be cut: "token" (anywhere), "segment" (at multiples of `segment_size`),
             "question" (not inside a run of role 0).
         needs: names of per-token integer streams that must be given.
+        overridable: sizes that a call may replace (of `context.OVERRIDES`); any other override is refused.
+        data_dependent: what the tokens are, not only how many, decides the size of the state or the work of a
+            step; the declared bytes and FLOPs are then upper bounds.
         owns_norm: the block hands over the raw residual and does not normalise for this mixer.
     """
 
-    exact: ClassVar[Literal["token", "segment", "question"]] = "token"
-    needs: ClassVar[frozenset[str]] = frozenset()
+    # a composite mixer sets these on the instance, from the mixers inside
+    exact: Literal["token", "segment", "question"] = "token"
+    needs: frozenset[str] = frozenset()
+    overridable: frozenset[str] = frozenset()
+    data_dependent: bool = False
     owns_norm: ClassVar[bool] = False
 
     def __init__(self, config: MixerConfig) -> None:
@@ -68,9 +72,7 @@ class TokenMixer(nn.Module):
     def init_state(
         self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> State:
-        """An empty memory for `batch_size` sequences; `dtype` is that of the activations (default: of the
-        weights).
-        """
+        """An empty memory of `batch_size` sequences; `dtype` is that of the activations."""
         raise NotImplementedError
 
     def mix(self, x: Tensor, ctx: SequenceContext, state: Any) -> LayerOutput:
@@ -96,9 +98,7 @@ class TokenMixer(nn.Module):
         return self.init_state(batch_size, device="meta", dtype=dtype).num_bytes()
 
     def flops_per_token(self, num_tokens: int) -> int:
-        """Matrix-product FLOPs (2 per multiply-add) of one `step` after `num_tokens` tokens have been
-        read.
-        """
+        """Matrix-product FLOPs (2 per multiply-add) of one `step` after `num_tokens` tokens."""
         raise NotImplementedError
 
     @classmethod
@@ -110,9 +110,7 @@ class TokenMixer(nn.Module):
 
     @property
     def span(self) -> int:
-        """The longest window, chunk or kernel of this mixer; tests use sequences of at least four times
-        it.
-        """
+        """The longest window, chunk or kernel of this mixer; tests read over four times as many tokens."""
         return config_span(self.config)
 
     @property
@@ -144,8 +142,7 @@ class TokenMixer(nn.Module):
             max_seqlen: accepted for callers of the field's kernels and ignored (it follows from
                 `cu_seqlens`).
             streams: per-token integers (B, T) such as roles or segments.
-            overrides: sizes to use in this call only (window_size, num_sinks, chunk_size), where the mixer
-                allows it.
+            overrides: sizes to use in this call only, of those that the mixer lists in `overridable`.
             return_state: also return the state after the last token.
             return_extras: also return what whole-model losses need.
 
@@ -155,6 +152,7 @@ class TokenMixer(nn.Module):
         """
         self._check_input(x, 3, "(B, T, d_model)")
         self._check_streams(streams)
+        self._check_overrides(overrides)
         ctx = build_context(
             (x.shape[0], x.shape[1]),
             x.device,
@@ -200,9 +198,7 @@ class TokenMixer(nn.Module):
         return LayerOutput(out.hidden.squeeze(1), out.state, out.aux, out.extras)
 
     def reset_parameters(self) -> None:
-        """Initialises this mixer and the mixers inside it (after materialising from the meta device, for
-        instance).
-        """
+        """Initialises this mixer and those inside it, for instance after the meta device."""
         for module in self.modules():
             if isinstance(module, TokenMixer):
                 module.init_weights()
@@ -227,6 +223,18 @@ class TokenMixer(nn.Module):
                 f"{sorted(streams or {})}. "
                 "Pass streams={name: integers of shape (B, T)}."
             )
+
+    def _check_overrides(self, overrides: Mapping[str, int] | None) -> None:
+        for name in overrides or ():
+            if name not in self.overridable:
+                known = (
+                    f"It takes {', '.join(sorted(self.overridable))}."
+                    if self.overridable
+                    else "It takes none."
+                )
+                raise ValueError(
+                    f"{type(self).__name__} has no size {name!r} that a call may override. {known}"
+                )
 
     def _check_state(self, state: Any) -> Tensor | None:
         if state is None:

@@ -1,15 +1,14 @@
 """State of a token mixer: a value that holds everything the mixer remembers about the tokens it has read.
 
 A state is a dataclass of tensors (batch rows first), of further states, or tuples of states. It is never
-changed in place
-for the caller unless the caller donates it. ``num_tokens`` and every field marked ``host_field()`` live on
-the CPU, so that
-reading a counter never waits for a GPU.
+changed in place for the caller unless the caller donates it. ``num_tokens`` and every field marked
+``host_field()`` live on the CPU, so that reading a counter never waits for a GPU.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import tempfile
@@ -28,9 +27,7 @@ StateT = TypeVar("StateT", bound="State")
 
 
 def host_field() -> Any:
-    """Declares a counter: an integer tensor (N, ...) that stays on the CPU whatever device the state moves
-    to.
-    """
+    """Declares a counter: an integer tensor (N, ...) that stays on the CPU wherever the state moves."""
     return dataclasses.field(metadata={"host": True})
 
 
@@ -50,20 +47,14 @@ class State:
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         State._types[cls.__name__] = cls
-
-        def rebuild(leaves: Iterable[Any], names: list[str]) -> State:
-            return cls(**dict(zip(names, leaves, strict=True)))
-
-        pytree.register_pytree_node(cls, _flatten, rebuild)
+        pytree.register_pytree_node(cls, _flatten, functools.partial(_unflatten, cls))
 
     @property
     def batch_size(self) -> int:
         return self.num_tokens.shape[0]
 
     def map(self: StateT, fn: Callable[[Tensor], Tensor], *, include_host: bool = True) -> StateT:
-        """Applies `fn` to every tensor, nested ones included; counters are left alone with
-        `include_host=False`.
-        """
+        """Applies `fn` to every tensor, nested ones included; to counters unless `include_host` is False."""
         self.check_usable()
         values: dict[str, Any] = {}
         for field in dataclasses.fields(self):
@@ -153,8 +144,7 @@ class State:
 
     @staticmethod
     def load(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> State:
-        """Reads what `save` wrote. Only state types known to this process are built; nothing in the file is
-        executed.
+        """Reads what `save` wrote: only state types known to this process, nothing in the file is executed.
 
         Raises:
             ValueError: not a state file, damaged, of another version, or of an unknown state type.
@@ -206,6 +196,10 @@ class State:
 def _flatten(state: State) -> tuple[list[Any], list[str]]:
     names = [field.name for field in dataclasses.fields(state)]
     return [getattr(state, name) for name in names], names
+
+
+def _unflatten(cls: type[State], leaves: Iterable[Any], names: Any) -> State:
+    return cls(**dict(zip(names, leaves, strict=True)))
 
 
 def _describe(state: State) -> dict[str, Any]:

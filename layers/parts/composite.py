@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -68,9 +69,10 @@ class CompositeMixer(TokenMixer):
         super().__init__(config)
         if [inner.config for inner in mixers] != list(config.mixers):
             raise ValueError(
-                f"the {config.type!r} config lists {[inner.type for inner in config.mixers]}, but the mixers "
-                f"given are {[inner.config.type for inner in mixers]} or have other configs. "
-                "Use memzoo.layers.build_mixer."
+                f"the {config.type!r} config lists {[inner.type for inner in config.mixers]}, but the "
+                "mixers given are "
+                f"{[inner.config.type for inner in mixers]} or have other configs. Use "
+                "memzoo.layers.build_mixer."
             )
         for index, inner in enumerate(mixers):
             if inner.owns_norm:
@@ -80,8 +82,10 @@ class CompositeMixer(TokenMixer):
                 )
         self.mixers = nn.ModuleList(mixers)
         # properties of this instance, where a plain mixer has them on its class
-        self.needs = frozenset[str]().union(*(inner.needs for inner in mixers))  # type: ignore[misc]
-        self.exact = max((inner.exact for inner in mixers), key=_EXACTNESS.index)  # type: ignore[misc]
+        self.needs = frozenset[str]().union(*(inner.needs for inner in mixers))
+        self.overridable = frozenset[str]().union(*(inner.overridable for inner in mixers))
+        self.exact = max((inner.exact for inner in mixers), key=_EXACTNESS.index)
+        self.data_dependent = any(inner.data_dependent for inner in mixers)
 
     @property
     def segment_size(self) -> int:
@@ -131,7 +135,12 @@ class CompositeMixer(TokenMixer):
         outputs: dict[int, LayerOutput] = {}
 
         def run(index: int, y: Tensor) -> Tensor:
-            outputs[index] = calls[index](y, ctx, None if state is None else state.mixers[index])
+            own = ctx
+            if ctx.overrides:  # each inner mixer is handed the sizes that it has
+                known = self._inner()[index].overridable
+                sizes = {name: size for name, size in ctx.overrides.items() if name in known}
+                own = dataclasses.replace(ctx, overrides=sizes)
+            outputs[index] = calls[index](y, own, None if state is None else state.mixers[index])
             return outputs[index].hidden
 
         merged = LayerOutput(self.compose(x, run))
