@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import gc
 import re
 import shlex
 import statistics
@@ -162,7 +161,6 @@ def peak_memory(function: Callable[[], object], device: torch.device) -> int | N
     On CUDA exact, from the allocator. On the CPU the growth of the resident set (Linux; None elsewhere):
     right to a few megabytes, so ask it about large tensors only, and after a first call.
     """
-    gc.collect()
     if device.type == "cuda":
         synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)

@@ -3,8 +3,8 @@
     gated (arXiv 2402.18668)      [u | w] = W_in x + b,   y = W_out (silu(conv(u)) * w) + b
     zoology (arXiv 2312.04927)    y = conv(x) * (W x + b) + x        (with the residual inside, as published)
 
-conv is depthwise over the last `conv_size` tokens, y_t = sum_i c_i x_{t - k + 1 + i}, with zeros before the
-start.
+conv is depthwise over the last k = `conv_size` tokens, conv(u)_t = sum_i c_i u_{t - k + 1 + i}, zeros before
+the start.
 State: the last conv_size - 1 inputs of the convolution, in the dtype of the activations. Constant.
 """
 

@@ -1,7 +1,7 @@
 """BASED linear attention: the second-order Taylor expansion of softmax over small heads (arXiv 2402.18668).
 
-    o_t = sum_{j <= t} w_tj v_j / (sum_j w_tj + eps),   w_tj = 1 + u + u^2 / 2,   u = q_t . k_j /
-    sqrt(feature_dim)
+    o_t = sum_{j <= t} w_tj v_j / (sum_{j <= t} w_tj + eps)
+    w_tj = 1 + u + u^2 / 2,   u = q_t . k_j / sqrt(feature_dim)
 
 A preset of `LinearAttention` without rotation, decay or gate. BASED models alternate it with `base_conv` and
 `sliding_window`. Every weight is at least 1/2, so the normaliser needs no clamp.

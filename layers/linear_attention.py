@@ -5,8 +5,7 @@
     o_t = s phi(q_t) S_t / (s phi(q_t) . n_t + eps)           with normaliser
 
 Katharopoulos et al., arXiv 2006.16236; feature maps: parts/feature_maps.py. a_h = 1, or the fixed decay of
-RetNet, 1 - 2^(-5 - h) (arXiv 2307.08621). With fewer key/value heads than query heads, a group shares one
-memory.
+RetNet, 1 - 2^(-5 - h) (arXiv 2307.08621). Query heads that share a key/value head share its memory.
 State: S (K x E) and, where normalised, n (K) per key/value head, float32. Constant.
 """
 
@@ -35,8 +34,8 @@ from .parts.kv_cache import empty_tokens
 from .parts.norm import RMSNorm
 from .parts.rotary import Rotary
 
-# Dimensions: B batch, T tokens, N sequences, H query heads, G key/value heads, F raw query/key width, K
-# features, E value width, M model width
+# Dimensions: B batch, T tokens, N sequences, H query heads, G key/value heads, F raw query/key width,
+# K features, E value width, M model width
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,9 +94,8 @@ class LinearAttentionConfig(MixerConfig):
         check_choice("decay", self.decay, ("none", "fixed"))
         if self.normalize and self.feature_map in ("hadamard", "identity"):
             raise ValueError(
-                "normalize=True needs weights that cannot be negative, and feature_map "
-                f"{self.feature_map!r} has "
-                "such weights: their sum can cross zero. Set normalize=False or choose another map."
+                "normalize=True needs weights that cannot be negative, but with feature_map="
+                f"{self.feature_map!r} their sum can cross zero. Set normalize=False or choose another map."
             )
         if not self.eps >= 0:
             raise ValueError(f"eps must be at least 0, got {self.eps}.")

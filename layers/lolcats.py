@@ -1,21 +1,20 @@
 """LoLCATs: softmax over a window of recent keys, linear attention over all older ones, one common normaliser.
 
-    num_t = gam sum_{j in Wn(t)} exp(s q_t . k_j - c_t) v_j + lam phi_q(q_t) [sum_{j in Ln(t)} phi_k(k_j)^T
-    v_j] den_t = gam sum_{j in Wn(t)} exp(s q_t . k_j - c_t)     + lam phi_q(q_t) . sum_{j in Ln(t)}
-    phi_k(k_j) o_t = num_t / den_t,   c_t = max_{j in Wn(t)} s q_t . k_j,   s = D^-1/2
+    o_t   = num_t / den_t
+    num_t = gam sum_{j in Wn} exp(s q_t . k_j - c_t) v_j + lam phi_q(q_t) [sum_{j in Ln} phi_k(k_j)^T v_j]
+    den_t = gam sum_{j in Wn} exp(s q_t . k_j - c_t)     + lam phi_q(q_t) . sum_{j in Ln} phi_k(k_j)
+    c_t   = max_{j in Wn} s q_t . k_j,   s = D^-1/2
 
-Eq. 7 of arXiv 2410.10254. gam = sigmoid(window_factor) per head, lam = 1 (or 1 - gam). Wn and Ln share no key
-and together hold every j <= t:
+Eq. 7 of Zhang et al., arXiv 2410.10254. gam = sigmoid(window_factor) per head, lam = 1 (or 1 - gam). The near
+keys Wn(t) and the far keys Ln(t) share no key and together hold every j <= t:
 
     sliding   Wn(t) = last w keys, the token itself included
-    terrace   Wn(t) = own block of w tokens up to t, and the block before it, on the grid of absolute
-    positions
+    terrace   Wn(t) = own block of w tokens up to t and the block before it; blocks on absolute positions
 
-The first `num_sinks` keys stay in the softmax for good (our addition). While nothing has left the window the
-layer *is* softmax
-attention: gam cancels. phi = `hedgehog_lolcats`, per query head, after rotation and grouping.
-State: keys and values of the window (2 w for terrace) and the sinks in the dtype of the activations; per
-query head the memory [sum phi_k^T v | sum phi_k^T], (2 F, D + 1) float32. Constant.
+The first `num_sinks` keys stay near for good (our addition). While nothing has left the window the layer *is*
+softmax attention: gam cancels. phi = `hedgehog_lolcats`, per query head, after rotation and grouping.
+State: keys and values of the window (2 w for terrace) and the sinks in the dtype of the activations; the
+memory [sum phi_k^T v | sum phi_k^T], (2 F, D + 1) float32 per query head. Constant.
 """
 
 from __future__ import annotations
@@ -34,8 +33,8 @@ from .parts.attention_base import AttentionBase, HeadsConfig, check_window, over
 from .parts.feature_maps import make_feature_map
 from .parts.kv_cache import WindowCache, empty_tokens
 
-# Dimensions: B batch, T tokens, N sequences, L tokens of all sequences, H query heads, G key/value heads, D
-# head width, F feature_dim, W window, S sinks
+# Dimensions: B batch, T tokens, N sequences, L tokens of all sequences, H query heads, G key/value heads,
+# D head width, F feature_dim, W window, S sinks
 
 INITIAL_WINDOW_SHARE = 0.1  # gam at initialisation, as released
 
@@ -76,9 +75,8 @@ class LolcatsState(State):
 
     Attributes:
         window: keys and values of the window and the sinks.
-        memory: (N, H, 2 F, D + 1) float32; the last column is the sum of the features (the normaliser). None
-        while the
-            memory is switched off.
+        memory: (N, H, 2 F, D + 1) float32; the last column is the sum of the features (the normaliser).
+            None while the memory is switched off.
     """
 
     window: WindowCache

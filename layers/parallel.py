@@ -1,9 +1,8 @@
 """Several mixers side by side on the same input, added up.
 
     sum        y = m_0(x) + m_1(x) + ...
-    gated      y = sum_i sigmoid(w_i . x + b_i) m_i(x)        one gate per token and mixer, 1/2 at
-    initialisation channel    y = m_0(x) + sum_{i > 0} c_i * m_i(x)          one coefficient per channel, 0 at
-    initialisation
+    gated      y = sum_i sigmoid(w_i . x + b_i) m_i(x)     one gate per token and mixer, 1/2 at first
+    channel    y = m_0(x) + sum_{i > 0} c_i * m_i(x)       one coefficient per channel, 0 at first
 
 `channel` adds memories to a trained mixer without changing it at first.
 State: the states of the inner mixers.

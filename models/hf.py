@@ -210,7 +210,7 @@ class MemoryForCausalLM(PreTrainedModel, GenerationMixin):
 
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         past_key_values: MemoryCache | None = None,
         labels: Tensor | None = None,
@@ -219,6 +219,7 @@ class MemoryForCausalLM(PreTrainedModel, GenerationMixin):
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
+        inputs_embeds: Tensor | None = None,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """Reads tokens and predicts the next ones.
 
@@ -232,6 +233,7 @@ class MemoryForCausalLM(PreTrainedModel, GenerationMixin):
             output_hidden_states: also return the embeddings and the output of every block.
             output_attentions: refused when true.
             return_dict: False returns a tuple.
+            inputs_embeds: refused unless None.
 
         Returns:
             `loss` if labels were given, `logits` (B, T, V), `past_key_values`, `hidden_states`.
@@ -239,6 +241,8 @@ class MemoryForCausalLM(PreTrainedModel, GenerationMixin):
         Raises:
             ValueError: inputs that do not fit each other, empty prompts, ids outside the vocabulary.
         """
+        if input_ids is None or inputs_embeds is not None:
+            raise ValueError("memory models read token ids. Give input_ids and leave inputs_embeds out.")
         if output_attentions:
             raise ValueError(
                 "output_attentions is not supported: most mixers have no attention weights. "
@@ -376,7 +380,8 @@ class MemoryForCausalLM(PreTrainedModel, GenerationMixin):
             weights_first = sorted(sealed, key=lambda name: name == CONFIG_NAME)
             write_folder(folder, {name: mover(name) for name in weights_first}, extra={"kind": MODEL_TYPE})
         finally:
-            shutil.rmtree(staging, ignore_errors=True)
+            for leftover in folder.glob(".saving-*"):  # this one, and those of saves that were killed
+                shutil.rmtree(leftover, ignore_errors=True)
 
     def get_input_embeddings(self) -> nn.Module:
         """The embedding."""
@@ -425,6 +430,22 @@ class MemoryForCausalLM(PreTrainedModel, GenerationMixin):
             )
         mask = attention_mask[:, attention_mask.shape[1] - length :] != 0
         return None if bool(mask.all()) else mask
+
+
+def save_model(model: MemoryLM, folder: StrPath, tokenizer: Any = None) -> None:
+    """Writes a model, and its tokenizer if there is one, as an ordinary Hugging Face folder.
+
+    Args:
+        model: what to save.
+        folder: created if absent.
+        tokenizer: a transformers tokenizer; its special tokens become those of the model.
+    """
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    found = {name: getattr(tokenizer, name, None) for name in names}
+    ids = {name: int(value) for name, value in found.items() if value is not None}
+    MemoryForCausalLM.from_model(model, **ids).save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
 
 
 def _next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:

@@ -1,18 +1,22 @@
-"""Lightning callbacks of the library."""
+"""Lightning callbacks: one progress line, and the trained model as an ordinary folder."""
 
 from __future__ import annotations
 
+import logging
 import resource
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from .data.batches import TokenBatch
+
+logger = logging.getLogger(__name__)
 
 
 class TrainingProgress(ProgressBar):
@@ -94,6 +98,26 @@ class TrainingProgress(ProgressBar):
         if self._line is not None:
             self._line.close()
             self._line = None
+
+
+class SaveModelFolder(Callback):
+    """Write the trained model as an ordinary folder (config, weights, tokenizer) when training ends.
+
+    Args:
+        folder: where to write; None takes ``model`` inside the run's log folder.
+    """
+
+    def __init__(self, folder: str | None = None) -> None:
+        self.folder = folder
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.fast_dev_run or not trainer.is_global_zero:
+            return
+        from ..models.hf import save_model
+
+        folder = Path(self.folder or Path(trainer.log_dir or trainer.default_root_dir) / "model")
+        save_model(pl_module.model, folder, getattr(trainer.datamodule, "tokenizer", None))
+        logger.info("wrote the trained model to %s", folder)
 
 
 def peak_memory_gib() -> float:

@@ -13,22 +13,34 @@ from __future__ import annotations
 import copy
 import logging
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from lightning.pytorch import LightningModule, Trainer, seed_everything
+from torch import Tensor
 
 from ..layers.contract import suggest
+from ..models.checkpoints.folder import load_model
+from ..models.config import ModelConfig
 from ..models.conversion import ParityReport, check_parity, convert_mixers
 from ..models.decoder import MemoryLM
+from ..models.hf import save_model
+from ..records import write_record
 from .callbacks import TrainingProgress
 from .data.batches import TokenBatch
-from .data.text import TextDataModule
+from .data.text import TextDataModule, encode_documents
+from .data.texts import load_text
+from .data.tokenizers import load_tokenizer
 from .distillation import AlignmentModule, DistillModule, lora_size, low_rank_updates
+from .evaluate import PositionLosses, position_losses
+from .inspection import align_columns, inspect_model
 from .optim import OptimizerConfig
+from .statistics import paired_difference
 
 logger = logging.getLogger(__name__)
 
@@ -263,7 +275,7 @@ def _data(tokenizer: str, recipe: ConversionRecipe) -> TextDataModule:
     )
 
 
-def _first_window(data: TextDataModule) -> torch.Tensor:
+def _first_window(data: TextDataModule) -> Tensor:
     data.setup()
     batch: TokenBatch = next(iter(data.train_dataloader()))
     return batch.input_ids[:1]
@@ -278,8 +290,256 @@ def recipe_dict(recipe: ConversionRecipe) -> dict[str, Any]:
     return asdict(recipe) | {"target": dict(recipe.target)}
 
 
-def write_folder(path: str | Path) -> Path:
-    """Checks early that results can be written to `path`, before any work."""
-    folder = Path(path)
+def convert(
+    source: str,
+    output: str,
+    recipe: str = "lolcats",
+    control: bool = True,
+    books: Sequence[str] = ("moby_dick", "emma"),
+    num_windows: int = 8,
+    seed: int | None = None,
+    align_steps: int | None = None,
+    tune_steps: int | None = None,
+    accelerator: str = "auto",
+) -> str:
+    """Convert a pretrained model into a memory hybrid, tune it, and measure it beside its controls.
+
+    Args:
+        source: folder of a Llama-style model, or a .gguf file.
+        output: folder for the results: `hybrid/` (and `control/`) as Hugging Face folders, `report.json`.
+        recipe: name of a shipped recipe (configs/convert) or a YAML file.
+        control: also train the control, a window with the same sinks, budget, tokens and seed but no memory.
+        books: bundled texts for the comparison; an empty list leaves it out.
+        num_windows: windows of 1,024 tokens of each book.
+        seed: replaces the seed of the recipe.
+        align_steps: replaces the number of alignment steps of the recipe.
+        tune_steps: replaces the number of tune steps of the recipe.
+        accelerator: where to train, as Lightning names it.
+    """
+    chosen = read_recipe(recipe, seed=seed, align_steps=align_steps, tune_steps=tune_steps)
+    folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)
-    return folder
+    teacher = load_model(source).eval()
+    tokenizer = load_tokenizer(source)
+    rows, hybrid, trained = convert_and_compare(
+        teacher,
+        source,
+        chosen,
+        tokens={book: book_tokens(tokenizer, book) for book in books},
+        num_windows=num_windows,
+        with_control=control,
+        accelerator=accelerator,
+    )
+    for name, conversion in (("hybrid", hybrid), ("control", trained)):
+        if conversion is not None:
+            save_model(conversion.model, folder / name, tokenizer=tokenizer)
+    results = comparison_results(rows) | {"report": hybrid.report.to_dict()}
+    write_record(folder / "report.json", name="convert", config=recipe_dict(chosen), results=results)
+    return comparison_table(rows)
+
+
+@dataclass
+class Row:
+    """One line of a comparison.
+
+    Attributes:
+        name: what was measured.
+        config: of the model, for its state bytes.
+        losses: per book.
+        num_trained: trainable numbers that were tuned, 0 for none.
+    """
+
+    name: str
+    config: ModelConfig
+    losses: dict[str, PositionLosses]
+    num_trained: int = 0
+
+
+def convert_and_compare(
+    teacher: MemoryLM,
+    tokenizer: str,
+    recipe: ConversionRecipe,
+    *,
+    tokens: Mapping[str, Tensor],
+    num_windows: int = 8,
+    window_size: int = 1024,
+    first_token: int = 8192,
+    with_control: bool = True,
+    progress: bool = True,
+    accelerator: str = "auto",
+) -> tuple[list[Row], Conversion, Conversion | None]:
+    """Converts by a recipe and measures teacher, windows, control and hybrid on the same windows, in
+    bfloat16.
+
+    Args:
+        tokenizer: folder or .gguf file of the tokenizer.
+        tokens: book -> (L,) ids.
+        num_windows, window_size, first_token: windows of each book, from `first_token` on.
+
+    Returns:
+        the rows in the order of the table, the hybrid, and the control if one was trained.
+    """
+    rows: list[Row] = []
+
+    def measure(name: str, model: MemoryLM, num_trained: int = 0) -> None:
+        low = copy.deepcopy(model).to(torch.bfloat16).eval()
+        losses = {
+            book: position_losses(
+                low, ids, window_size=window_size, num_windows=num_windows, first_token=first_token
+            )
+            for book, ids in tokens.items()
+        }
+        rows.append(Row(name, model.config, losses, num_trained))
+        if losses:
+            logger.info("%s: perplexity %s", name, {b: round(x.perplexity, 2) for b, x in losses.items()})
+
+    size, sinks = int(recipe.target["window_size"]), int(recipe.target.get("num_sinks", 0))
+    measure("teacher, full attention", teacher)
+    measure(f"window {size}", convert_mixers(teacher, window_only(recipe.target, 0), recipe.layers)[0])
+    if sinks:
+        measure(
+            f"window {size} + {sinks} sinks",
+            convert_mixers(teacher, window_only(recipe.target), recipe.layers)[0],
+        )
+    seed_everything(recipe.seed, verbose=False)
+    measure("hybrid before training", convert_mixers(teacher, recipe.target, recipe.layers)[0])
+    hybrid = run_recipe(teacher, tokenizer, recipe, progress=progress, accelerator=accelerator)
+    measure("hybrid", hybrid.model, hybrid.num_trained)
+    with memory_off(hybrid.model):
+        measure("hybrid, memory branch off", hybrid.model, hybrid.num_trained)
+    control = None
+    if with_control:
+        control = run_control(
+            teacher, tokenizer, recipe, hybrid.num_trained, progress=progress, accelerator=accelerator
+        )
+        measure("control: window + sinks, same budget", control.model, control.num_trained)
+    return rows, hybrid, control
+
+
+def comparison_results(rows: Sequence[Row]) -> dict[str, Any]:
+    """Plain data: every row with its losses, and the paired differences between rows, per book and over all
+    books.
+    """
+    by_name = {row.name: row for row in rows}
+    results: dict[str, Any] = {
+        "rows": {
+            row.name: {
+                "num_trained": row.num_trained,
+                "state_num_bytes": {str(n): state_bytes(row.config, n) for n in (1024, 32_768, 1_000_000)},
+                "books": {book: losses.to_dict() for book, losses in row.losses.items()},
+            }
+            for row in rows
+        }
+    }
+    control = next((row for row in rows if row.name.startswith("control")), None)
+    pairs = {"branch off - hybrid": ("hybrid, memory branch off", "hybrid")}
+    if control is not None:
+        pairs["control - hybrid"] = (control.name, "hybrid")
+    results["differences"] = {
+        label: _paired(by_name[left], by_name[right]) for label, (left, right) in pairs.items()
+    }
+    return results
+
+
+def comparison_table(rows: Sequence[Row]) -> str:
+    """The rows as text: perplexity per book, state bytes at three lengths, trained parameters; then the
+    differences.
+    """
+    books = list(rows[0].losses)
+    table: list[tuple[str, ...]] = [
+        ("model", *books, "state 1k", "state 32k", "state 1M", "trained"),
+    ]
+    for row in rows:
+        table.append(
+            (
+                row.name,
+                *(f"{row.losses[book].perplexity:.2f}" for book in books),
+                *(readable_bytes(state_bytes(row.config, n)) for n in (1024, 32_768, 1_000_000)),
+                f"{row.num_trained:,}" if row.num_trained else "-",
+            )
+        )
+    lines = [align_columns(table, num_left=1)]
+    if books:
+        for label, found in comparison_results(rows)["differences"].items():
+            for book, pair in found.items():
+                lines.append(
+                    f"{label}, {book}: {pair['mean']:+.4f} nats per token over {pair['num_pairs']} windows, "
+                    f"{pair['confidence']:.0%} interval [{pair['t_low']:+.4f}, {pair['t_high']:+.4f}]"
+                )
+    return "\n".join(lines)
+
+
+@contextmanager
+def memory_off(model: MemoryLM) -> Iterator[None]:
+    """Leaves the memory branch out of every mixer that has one; windows and sinks go on.
+
+    Raises:
+        ValueError: no mixer of the model has a memory that can be switched off.
+    """
+    switched = [block.mixer for block in model.blocks if getattr(block.mixer, "memory_enabled", False)]
+    if not switched:
+        raise ValueError("no mixer of this model has a memory branch that can be switched off.")
+    for mixer in switched:
+        mixer.memory_enabled = False  # type: ignore[assignment]  # a switch of the mixers that have it
+    try:
+        yield
+    finally:
+        for mixer in switched:
+            mixer.memory_enabled = True  # type: ignore[assignment]
+
+
+def read_recipe(name: str, **changes: Any) -> ConversionRecipe:
+    """A shipped recipe by name, or one from a YAML file; `changes` that are not None replace fields.
+
+    Raises:
+        ValueError: no such recipe, an unknown key (the nearest is suggested), or a value out of range.
+    """
+    from .. import configs
+
+    path = Path(name) if Path(name).suffix in (".yaml", ".yml") else configs.find(f"convert/{name}")
+    if not path.is_file():
+        raise ValueError(f"there is no recipe file {name!r} (looked in {Path.cwd()}). Check the path.")
+    values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if not isinstance(values, dict):
+        raise ValueError(f"{name} must hold a mapping of recipe fields, got {type(values).__name__}.")
+    known = {item.name for item in fields(ConversionRecipe)}
+    for key in values:
+        if key not in known:
+            raise ValueError(f"unknown key {key!r} in recipe {name}. {suggest(str(key), known)}")
+    return ConversionRecipe(
+        **{**values, **{key: value for key, value in changes.items() if value is not None}}
+    )
+
+
+def book_tokens(tokenizer: Any, name: str) -> Tensor:
+    """Ids (L,) of the first document of a bundled text."""
+    (ids,) = encode_documents(tokenizer, [load_text(name)[0].text])
+    return torch.from_numpy(ids)
+
+
+def state_bytes(config: ModelConfig, num_tokens: int) -> int:
+    """Bytes of the memory of one sequence after `num_tokens` tokens, activations in bfloat16."""
+    return inspect_model(config, num_tokens, dtype=torch.bfloat16)[-1].state_num_bytes
+
+
+def readable_bytes(count: int) -> str:
+    """1,536 -> "1.5 kB"; decimal units."""
+    value, unit = float(count), "B"
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 1000 or unit == "GB":
+            break
+        value /= 1000
+    return f"{value:.4g} {unit}"
+
+
+def _paired(left: Row, right: Row) -> dict[str, dict[str, float]]:
+    found = {
+        book: paired_difference(left.losses[book].window_losses, right.losses[book].window_losses).to_dict()
+        for book in left.losses
+    }
+    if len(found) > 1:
+        both = [
+            [loss for book in row.losses.values() for loss in book.window_losses] for row in (left, right)
+        ]
+        found["all books"] = paired_difference(*both).to_dict()
+    return found

@@ -77,9 +77,9 @@ class AlignmentModule(StudentModule):
         losses = []
         assert isinstance(self.student, MemoryLM)
         hidden = self.teacher.embed_tokens(batch.input_ids)  # (B, T, M)
-        for index, (old, new) in enumerate(zip(self.teacher.layers, self.student.layers, strict=True)):
+        for index, (old, new) in enumerate(zip(self.teacher.blocks, self.student.blocks, strict=True)):
             with torch.no_grad():
-                normed = old.mixer_norm(hidden)
+                normed = old.mixer_input(hidden)
                 target = old.mixer(normed, cu_seqlens=batch.cu_seqlens).hidden
             if index in self.layers:
                 losses.append(relative_error(new.mixer(normed, cu_seqlens=batch.cu_seqlens).hidden, target))

@@ -75,10 +75,10 @@ class MixerConfig:
                 f"mixer {values.get('type', cls.__name__)!r} needs the keys {missing}. Add them to the "
                 "config."
             )
-        given: dict[str, Any] = {
+        frozen: dict[str, Any] = {
             key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
         }
-        return cls(**given)
+        return cls(**frozen)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data (JSON, YAML) from which `from_dict` builds an equal config."""

@@ -91,7 +91,8 @@ class SequenceContext:
             return x
         rows, length = self.input_shape
         out = x.new_zeros(rows * length, *x.shape[2:])
-        return out.index_copy(0, self.token_index, x.squeeze(0)).reshape(rows, length, *x.shape[2:])
+        filled = out.index_copy(0, self.token_index, x.squeeze(0))
+        return filled.reshape(rows, length, *x.shape[2:])
 
     def split(self, x: Tensor) -> list[Tensor]:
         """One tensor (tokens, ...) per sequence, from the internal form."""

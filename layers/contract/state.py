@@ -8,7 +8,6 @@ changed in place for the caller unless the caller donates it. ``num_tokens`` and
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import os
 import tempfile
@@ -47,7 +46,11 @@ class State:
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         State._types[cls.__name__] = cls
-        pytree.register_pytree_node(cls, _flatten, functools.partial(_unflatten, cls))
+
+        def rebuild(leaves: Iterable[Any], names: list[str]) -> State:
+            return cls(**dict(zip(names, leaves, strict=True)))
+
+        pytree.register_pytree_node(cls, _flatten, rebuild)
 
     @property
     def batch_size(self) -> int:

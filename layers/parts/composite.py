@@ -69,10 +69,9 @@ class CompositeMixer(TokenMixer):
         super().__init__(config)
         if [inner.config for inner in mixers] != list(config.mixers):
             raise ValueError(
-                f"the {config.type!r} config lists {[inner.type for inner in config.mixers]}, but the "
-                "mixers given are "
-                f"{[inner.config.type for inner in mixers]} or have other configs. Use "
-                "memzoo.layers.build_mixer."
+                f"the {config.type!r} config lists {[inner.type for inner in config.mixers]}, but the mixers "
+                f"given are {[inner.config.type for inner in mixers]} or have other configs. "
+                "Use memzoo.layers.build_mixer."
             )
         for index, inner in enumerate(mixers):
             if inner.owns_norm:

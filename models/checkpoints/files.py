@@ -15,6 +15,7 @@ A reader first calls `verify_folder`, which completes step 3 if it was cut short
 differs from the manifest.
 """
 
+import glob
 import hashlib
 import json
 import logging
@@ -143,8 +144,9 @@ def write_folder(
     _finish_commit(folder)
     for name in old_names - set(listed):
         (folder / name).unlink(missing_ok=True)
-    for leftover in folder.glob(".*.staged"):
-        leftover.unlink(missing_ok=True)
+    for pattern in (".*.staged", *(f".{glob.escape(name)}.*.tmp" for name in listed)):
+        for leftover in folder.glob(pattern):  # of saves that were killed
+            leftover.unlink(missing_ok=True)
     _sync(folder)
 
 

@@ -176,8 +176,8 @@ def layer_errors(
     """Relative squared error of each replaced mixer's output when it is given the source's hidden states."""
     errors = {}
     hidden = source.embed_tokens(tokens)
-    for index, (old, new) in enumerate(zip(source.layers, student.layers, strict=True)):
-        normed = old.mixer_norm(hidden)
+    for index, (old, new) in enumerate(zip(source.blocks, student.blocks, strict=True)):
+        normed = old.mixer_input(hidden)
         target = old.mixer(normed).hidden
         if index in layers:
             errors[index] = relative_error(new.mixer(normed).hidden, target).item()

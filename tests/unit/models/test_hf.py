@@ -322,6 +322,8 @@ def test_other_misuse_is_named():
         MemoryCache().update(None, None, 0)
     with pytest.raises(ValueError, match="output_attentions"):
         model(tokens(1, 2), output_attentions=True)
+    with pytest.raises(ValueError, match="leave inputs_embeds out"):
+        model(inputs_embeds=torch.zeros(1, 2, 16))
     with pytest.raises(ValueError, match="attention_mask must be"):
         model(tokens(2, 3), attention_mask=torch.ones(2, 2))
     with pytest.raises(ValueError, match="cannot be resized"):

@@ -1,0 +1,194 @@
+"""The command `memzoo`: a table of commands, each a typed function that is imported when it is called."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from . import __version__
+
+DEBUG_VARIABLE = "MEMZOO_DEBUG"
+
+
+@dataclass(frozen=True)
+class Command:
+    """One entry of the table.
+
+    Attributes:
+        summary: the line in `memzoo --help`.
+        target: `module:function`, or a mapping from sub-command to such a target.
+        takes_arguments: the function parses the arguments by itself instead of having its signature read.
+    """
+
+    summary: str
+    target: str | Mapping[str, str]
+    takes_arguments: bool = False
+
+
+COMMANDS: dict[str, Command] = {
+    "train": Command(
+        "train, validate or test a model described in YAML (fit, validate, test)",
+        "memzoo.train.lightning_cli:run_training",
+        takes_arguments=True,
+    ),
+    "convert": Command("turn a pretrained model into a memory hybrid", "memzoo.train.convert:convert"),
+    "evaluate": Command(
+        "measure a model: perplexity by position, MQAR recall; compare two records",
+        {
+            "perplexity": "memzoo.train.commands:evaluate_perplexity",
+            "mqar": "memzoo.train.commands:evaluate_mqar",
+            "compare": "memzoo.train.commands:compare",
+        },
+    ),
+    "generate": Command("continue a prompt", "memzoo.train.commands:generate"),
+    "inspect": Command(
+        "parameters, state bytes and FLOPs per token of every layer", "memzoo.train.commands:inspect"
+    ),
+    "list": Command(
+        "mixers, texts, configurations and kernels that are there", "memzoo.train.commands:list_all"
+    ),
+    "bench": Command("time one mixer at several lengths", "memzoo.train.commands:bench"),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        arguments: what follows `memzoo` on the command line; None takes it from the process.
+
+    Returns:
+        exit status: 0 done, 2 a mistake of the user (one clean line on stderr), 130 interrupted. With
+        `--debug` as the first argument, or MEMZOO_DEBUG set, a mistake shows its traceback instead.
+    """
+    args = list(sys.argv[1:] if arguments is None else arguments)
+    debug = bool(os.environ.get(DEBUG_VARIABLE))
+    if args[:1] == ["--debug"]:
+        debug, args = True, args[1:]
+    if not args or args[0] in ("-h", "--help", "help"):
+        sys.stdout.write(usage())
+        return 0
+    if args[0] == "--version":
+        sys.stdout.write(f"memzoo {__version__}\n")
+        return 0
+    try:
+        return run_command(args[0], args[1:])
+    except KeyboardInterrupt:
+        sys.stderr.write("\nmemzoo: interrupted\n")
+        return 130
+    except BrokenPipeError:
+        # The reader of our output went away (`memzoo list | head`); there is nobody left to tell.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        if debug or not _is_mistake(error):
+            raise
+        sys.stderr.write(f"memzoo: error: {' '.join(str(error).split())}\n")
+        return 2
+
+
+def usage() -> str:
+    """The text of `memzoo --help`."""
+    width = max(map(len, COMMANDS)) + 2
+    lines = [f"  {name.ljust(width)}{command.summary}" for name, command in COMMANDS.items()]
+    return (
+        "usage: memzoo COMMAND [ARGUMENTS]\n\n"
+        "Train, convert and measure memory architectures for long-context language models.\n\n"
+        + "\n".join(lines)
+        + "\n\n`memzoo COMMAND --help` lists the arguments of a command, "
+        "`memzoo --debug COMMAND ...` shows tracebacks.\n"
+    )
+
+
+def run_command(name: str, args: Sequence[str]) -> int:
+    """Look up a command, give it its arguments, and print what it returns."""
+    if name not in COMMANDS:
+        raise ValueError(f"there is no command {name!r}. {_suggest(name, list(COMMANDS))}")
+    _quieten()
+    command = COMMANDS[name]
+    if command.takes_arguments:
+        assert isinstance(command.target, str)
+        result = _load(command.target)(list(args))
+    else:
+        result = _run_typed(name, command.target, list(args))
+    if result is not None:
+        sys.stdout.write(f"{result}\n")
+    return 0
+
+
+def _quieten() -> None:
+    """Drop what Lightning says that is neither about this run nor to be acted upon."""
+    warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\).*")
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
+        logging.getLogger(name).addFilter(lambda record: "Tip:" not in record.getMessage())
+
+
+def _run_typed(name: str, target: str | Mapping[str, str], args: list[str]) -> Any:
+    """Read the arguments from the signature of a function and call it."""
+    from jsonargparse import ArgumentError, ArgumentParser, auto_cli
+
+    class Parser(ArgumentParser):
+        def error(self, message: str, ex: Exception | None = None) -> Any:
+            raise ValueError(f"{message} See `{self.prog} --help`.") from ex
+
+    if isinstance(target, Mapping):
+        if not args or args[0] in ("-h", "--help"):
+            choices = "\n".join(f"  memzoo {name} {choice} --help" for choice in target)
+            return f"usage: memzoo {name} {{{','.join(target)}}} [ARGUMENTS]\n\n{choices}"
+        if args[0] not in target:
+            raise ValueError(f"memzoo {name} knows no {args[0]!r}. {_suggest(args[0], list(target))}")
+        name, target, args = f"{name} {args[0]}", target[args[0]], args[1:]
+    function = _load(target)
+    _refuse_unknown_flags(name, function, args)
+    try:
+        return auto_cli(function, args=args, as_positional=False, prog=f"memzoo {name}", parser_class=Parser)
+    except ArgumentError as error:
+        raise ValueError(str(error)) from error
+
+
+def _refuse_unknown_flags(name: str, function: Callable[..., Any], args: Sequence[str]) -> None:
+    """Name the nearest flag for one that the function does not have."""
+    import inspect
+
+    known = [*inspect.signature(function).parameters, "config", "help", "print_config"]
+    for token in args:
+        if token.startswith("--"):
+            flag = token[2:].partition("=")[0]
+            if flag.split(".")[0].rstrip("+") not in known:
+                nearest = _suggest(flag, known).replace("'", "")
+                raise ValueError(f"memzoo {name} has no flag --{flag}. {nearest}")
+
+
+def _load(target: str) -> Callable[..., Any]:
+    module, _, function = target.partition(":")
+    loaded: Callable[..., Any] = getattr(importlib.import_module(module), function)
+    return loaded
+
+
+def _is_mistake(error: Exception) -> bool:
+    """Whether an error speaks to the user (a value, a missing file) and not of a fault in the program."""
+    if isinstance(
+        error, (ValueError, FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
+    ):
+        return True
+    return isinstance(error, ModuleNotFoundError) or type(error).__name__ in (
+        "ArgumentError",
+        "MisconfigurationException",
+    )
+
+
+def _suggest(name: str, known: Sequence[str]) -> str:
+    import difflib
+
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"Did you mean {close[0]!r}?" if close else f"Choose one of {', '.join(known)}."
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,283 @@
+"""The demonstration: a real pretrained language model becomes a memory hybrid, with every figure measured on
+the way.
+
+    make demo            (or: python -m memzoo.train.demo --output demo_output)
+
+Writes `index.html` with the table and two plots, `record.json` with every number, and `hybrid/`, a folder
+that
+`AutoModelForCausalLM` loads. Needs about ten minutes on two cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import html
+import logging
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..models.checkpoints.fetch import fetch_smollm2
+from ..models.checkpoints.folder import load_model
+from ..models.decoder import MemoryLM
+from ..models.hf import save_model
+from ..records import write_record, write_text_atomically
+from .convert import (
+    Conversion,
+    Row,
+    book_tokens,
+    comparison_results,
+    comparison_table,
+    convert_and_compare,
+    read_recipe,
+    readable_bytes,
+    recipe_dict,
+    state_bytes,
+)
+from .data.tokenizers import load_tokenizer
+
+logger = logging.getLogger(__name__)
+
+BOOKS = ("moby_dick", "emma")
+LENGTHS = (1024, 32_768, 1_000_000)
+
+
+def run_demo(output: str = "demo_output", recipe: str = "demo", num_windows: int = 8) -> str:
+    """Parity, conversion, control, comparison, page.
+
+    Args:
+        output: folder for the results.
+        recipe: name of a shipped recipe or a YAML file.
+        num_windows: windows of 1,024 tokens of each of two books.
+
+    Returns:
+        the table.
+    """
+    clock = time.monotonic()
+    folder = Path(output)
+    folder.mkdir(parents=True, exist_ok=True)
+    checkpoint = str(fetch_smollm2())
+    teacher = load_model(checkpoint).eval()
+    tokenizer = load_tokenizer(checkpoint)
+    tokens = {book: book_tokens(tokenizer, book) for book in BOOKS}
+
+    _say("1/4 parity: the same file through this library and through transformers")
+    parity = parity_with_transformers(teacher, checkpoint, tokens["moby_dick"][:256])
+    _say(
+        f"    largest difference of the logits {parity['max_error']:.2g}, same top token at "
+        f"{parity['same_top']:.2%}"
+    )
+
+    chosen = read_recipe(recipe)
+    _say("2/4 conversion of all layers, short tune, and the control with the same budget")
+    rows, hybrid, control = convert_and_compare(
+        teacher, checkpoint, chosen, tokens=tokens, num_windows=num_windows
+    )
+    assert control is not None
+    save_model(hybrid.model.to(torch.bfloat16), folder / "hybrid", tokenizer=tokenizer)
+
+    _say("3/4 speed of decoding")
+    speed = {
+        "teacher, full attention": decode_speed(teacher, tokens["moby_dick"]),
+        "hybrid": decode_speed(hybrid.model, tokens["moby_dick"]),
+    }
+    _say("4/4 a continuation by the saved folder, loaded with AutoModelForCausalLM")
+    prompt = tokenizer.decode(tokens["moby_dick"][20_000:20_300])
+    continuation = generate_from_folder(folder / "hybrid", prompt)
+
+    results: dict[str, Any] = comparison_results(rows) | {
+        "parity": parity,
+        "surgery": hybrid.report.to_dict(),
+        "decode_tokens_per_second": speed,
+        "continuation": {"prompt_end": prompt[-200:], "text": continuation},
+        "stage_seconds": {"hybrid": hybrid.seconds, "control": control.seconds},
+        "tokens_read": {"hybrid": hybrid.num_tokens, "control": control.num_tokens},
+        "total_seconds": time.monotonic() - clock,
+    }
+    write_record(folder / "record.json", name="demo", config=recipe_dict(chosen), results=results)
+    _plot_positions(rows, folder / "perplexity_by_position.png")
+    _plot_states(rows, folder / "state_bytes.png")
+    table = comparison_table(rows)
+    write_text_atomically(
+        folder / "index.html", _page(table, parity, speed, prompt, continuation, hybrid, control)
+    )
+    return f"{table}\n\nwritten to {folder}/: index.html, record.json, hybrid/"
+
+
+def parity_with_transformers(model: MemoryLM, checkpoint: str, ids: Tensor) -> dict[str, float]:
+    """Logits of this library beside those of transformers' own reading of the same GGUF file, both
+    float32.
+    """
+    from transformers import AutoModelForCausalLM
+
+    path = Path(checkpoint)
+    other = AutoModelForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name, dtype=torch.float32)
+    with torch.no_grad():
+        ours, theirs = model(ids[None]).logits[0], other.eval()(ids[None]).logits[0]
+    return {
+        "num_tokens": float(len(ids)),
+        "max_error": float((ours - theirs).abs().max()),
+        "same_top": float((ours.argmax(-1) == theirs.argmax(-1)).double().mean()),
+    }
+
+
+@torch.no_grad()
+def decode_speed(
+    model: MemoryLM, tokens: Tensor, contexts: Sequence[int] = (256, 4096), num_tokens: int = 24
+) -> dict[str, float]:
+    """Tokens per second of decoding after each context, bfloat16, batch 1; the median step counts."""
+    low = model.to(torch.bfloat16).eval()
+    found = {}
+    for context in contexts:
+        state: Any = None
+        for start in range(0, context, 1024):
+            state = low(tokens[None, start : min(start + 1024, context)], state, return_state=True).state
+        seconds = []
+        for index in range(num_tokens):
+            clock = time.perf_counter()
+            state = low.step(tokens[context + index][None], state, donate=True).state
+            seconds.append(time.perf_counter() - clock)
+        found[str(context)] = 1 / sorted(seconds)[num_tokens // 2]
+    return found
+
+
+def generate_from_folder(folder: Path, prompt: str, max_new_tokens: int = 48) -> str:
+    """Greedy continuation by a saved folder, loaded the way any Hugging Face user would."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(str(folder)).eval()
+    tokenizer = AutoTokenizer.from_pretrained(str(folder))
+    inputs = tokenizer(prompt, return_tensors="pt")
+    out = model.generate(
+        input_ids=inputs["input_ids"],
+        attention_mask=inputs["attention_mask"],
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return str(tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+
+
+def _plot_positions(rows: Sequence[Row], path: Path) -> None:
+    plt = _pyplot()
+    figure, axes = plt.subplots(1, len(BOOKS), figsize=(11, 4), sharey=True)
+    shown = [row for row in rows if row.name != "hybrid before training"]
+    for axis, book in zip(axes, BOOKS, strict=True):
+        for row in shown:
+            buckets = row.losses[book].buckets()
+            middle = [(bucket["first"] + bucket["last"]) / 2 for bucket in buckets]
+            axis.plot(middle, [bucket["perplexity"] for bucket in buckets], marker="o", label=row.name)
+        axis.set_xscale("log", base=2)
+        axis.set_yscale("log")
+        axis.set_title(book.replace("_", " "))
+        axis.set_xlabel("position in the window (tokens)")
+    axes[0].set_ylabel("perplexity")
+    axes[-1].legend(fontsize=7)
+    _save(figure, path)
+
+
+def _plot_states(rows: Sequence[Row], path: Path) -> None:
+    plt = _pyplot()
+    figure, axis = plt.subplots(figsize=(6, 4))
+    lengths = [2**power for power in range(7, 21)]
+    for name in ("teacher, full attention", "hybrid"):
+        row = next(row for row in rows if row.name == name)
+        axis.plot(lengths, [state_bytes(row.config, n) / 1e6 for n in lengths], marker=".", label=name)
+    axis.set_xscale("log", base=2)
+    axis.set_yscale("log")
+    axis.set_xlabel("tokens read")
+    axis.set_ylabel("state of one sequence (MB)")
+    axis.legend()
+    _save(figure, path)
+
+
+def _pyplot() -> Any:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def _save(figure: Any, path: Path) -> None:
+    temporary = path.with_name(f".{path.name}")
+    figure.tight_layout()
+    figure.savefig(temporary, dpi=130, format="png")
+    temporary.replace(path)
+
+
+def _page(
+    table: str,
+    parity: dict[str, float],
+    speed: dict[str, dict[str, float]],
+    prompt: str,
+    continuation: str,
+    hybrid: Conversion,
+    control: Conversion,
+) -> str:
+    states = ", ".join(
+        f"{length:,} tokens: {readable_bytes(state_bytes(hybrid.model.config, length))}" for length in LENGTHS
+    )
+    speeds = "".join(
+        f"<li>{html.escape(name)}: "
+        + ", ".join(f"{rate:.1f} tokens/s after {context} tokens" for context, rate in rates.items())
+        + "</li>"
+        for name, rates in speed.items()
+    )
+    return f"""<!doctype html>
+<meta charset="utf-8"><title>memzoo: a pretrained model becomes a memory hybrid</title>
+<style>body{{font:16px/1.5 sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}}
+pre{{background:#f4f4f4;padding:1rem;overflow-x:auto}} img{{max-width:100%}}</style>
+<h1>A pretrained model becomes a memory hybrid</h1>
+<p>SmolLM2-135M-Instruct, every attention layer replaced by a window with sinks and a linear-attention memory.
+The control is a window with the same sinks, tuned on the same tokens in the same order with the same number
+of
+trainable parameters, but without a memory. Perplexity per token on {len(BOOKS)} books that were not trained
+on;
+every window starts with an empty memory. Differences are paired by window.</p>
+<pre>{html.escape(table)}</pre>
+<p>Read through this library and through transformers, the same file gives logits that differ by at most
+{parity["max_error"]:.2g} over {int(parity["num_tokens"])} tokens; the top token agrees at
+{parity["same_top"]:.2%}.</p>
+<p>Training text read: {hybrid.num_tokens:,} tokens each; seconds per stage: hybrid
+{ {k: round(v) for k, v in hybrid.seconds.items()} }, control {
+        {k: round(v) for k, v in control.seconds.items()}
+    }.</p>
+<img src="perplexity_by_position.png" alt="perplexity by position in the window">
+<h2>Memory of one sequence</h2>
+<p>Hybrid: {states}.</p>
+<img src="state_bytes.png" alt="state bytes against tokens read">
+<h2>Decoding</h2><ul>{speeds}</ul>
+<h2>A continuation</h2>
+<p>... {html.escape(prompt[-300:])}<b>{html.escape(continuation)}</b></p>
+<p>All numbers with the command that made them: <a href="record.json">record.json</a>.</p>
+"""
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(text + "\n")
+
+
+def main() -> None:
+    """Command line of the demonstration."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--output", default="demo_output", help="folder for the results")
+    parser.add_argument("--recipe", default="demo", help="name of a shipped recipe, or a YAML file")
+    parser.add_argument("--num_windows", type=int, default=8, help="windows of 1,024 tokens of each book")
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="    %(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    table = run_demo(arguments.output, arguments.recipe, arguments.num_windows)
+    sys.stdout.write("\n" + table + "\n")
+
+
+if __name__ == "__main__":
+    main()
