@@ -10,6 +10,8 @@ import pytest
 import torch
 import transformers
 
+from memzoo.layers import registry
+from memzoo.layers.attention import Attention, AttentionConfig
 from memzoo.models.checkpoints.errors import CheckpointError
 from memzoo.models.checkpoints.files import MANIFEST_NAME
 from memzoo.models.checkpoints.folder import load_model
@@ -391,3 +393,26 @@ def test_weights_of_another_model_are_refused(tmp_path):
         load_model(tmp_path / "two")
     with pytest.raises(CheckpointError, match="is a file"):
         small_model().save_pretrained(tmp_path / "one" / "config.json")
+
+
+class TableAttention(Attention):
+    """Attention scaled by a table that is no weight, as a user's mixer may have one."""
+
+    def __init__(self, config: AttentionConfig) -> None:
+        super().__init__(config)
+        self.register_buffer("table", torch.full((config.d_model,), 0.5), persistent=False)
+
+    def mix(self, x, ctx, state):
+        return super().mix(x * self.table, ctx, state)
+
+
+def test_tables_that_are_no_weights_are_computed_when_loading(tmp_path, monkeypatch):
+    monkeypatch.setitem(registry._MIXERS, "table", registry.MixerEntry(TableAttention, AttentionConfig))
+    model = small_model(layers=[{"type": "table"}])
+    model.save_pretrained(tmp_path)
+    ids = tokens(1, 5)
+    expected = model(ids).logits
+    assert torch.equal(MemoryForCausalLM.from_pretrained(tmp_path)(ids).logits, expected)
+    assert torch.equal(load_model(tmp_path)(ids).logits, expected)
+    low = load_model(tmp_path, dtype=torch.bfloat16)
+    assert {tensor.dtype for tensor in (*low.parameters(), *low.buffers())} == {torch.bfloat16}
