@@ -10,12 +10,11 @@ Importing this package loads nothing but itself; each function brings what it ne
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    import os
-
     import torch
     from transformers import PreTrainedModel
 
@@ -46,7 +45,9 @@ def load(
     return model.to(device).eval()
 
 
-def convert(source: str, output: str, recipe: str = "lolcats", **options: Any) -> str:
+def convert(
+    source: str | os.PathLike[str], output: str | os.PathLike[str], recipe: str = "lolcats", **options: Any
+) -> str:
     """Converts a pretrained model into a memory hybrid and measures it; see `memzoo.train.convert.convert`.
 
     Args:
@@ -60,7 +61,7 @@ def convert(source: str, output: str, recipe: str = "lolcats", **options: Any) -
     """
     from .train.convert import convert as run
 
-    return run(source, output, recipe, **options)
+    return run(os.fspath(source), os.fspath(output), recipe, **options)
 
 
 def swap(model: PreTrainedModel, mixers: Mapping[int, Mapping[str, Any] | MixerConfig]) -> PreTrainedModel:
