@@ -8,7 +8,7 @@ They are marked *untested until a GPU record agrees* in the operation that calls
 import difflib
 import importlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 
@@ -72,7 +72,7 @@ def available_backends(op: str) -> tuple[str, ...]:
 def use_backend(name: str) -> Iterator[None]:
     """Prefer one backend for every kernel called inside the block.
 
-    Operations that do not have this backend choose for themselves. An explicit `backend=` argument wins over
+    Calls that this backend does not cover choose for themselves. An explicit `backend=` argument wins over
     the block.
 
     Args:
@@ -94,16 +94,16 @@ def use_backend(name: str) -> Iterator[None]:
         _forced.pop()
 
 
-def choose_backend(op: str, requested: str, automatic: Callable[[], str]) -> str:
+def choose_backend(op: str, requested: str, eligible: tuple[str, ...]) -> str:
     """Resolve the backend of one call and log the first use of each choice at INFO.
 
     Args:
         op: name of the operation.
         requested: the caller's `backend=` argument.
-        automatic: called to decide when neither the argument nor `use_backend` names one.
+        eligible: backends that can do this very call, the preferred one first. "reference" always can.
 
     Raises:
-        ValueError: the operation has no such backend, or it cannot run on this machine.
+        ValueError: the operation has no such backend, or it cannot run on this machine, or not this call.
     """
     names = OPERATIONS[op]
     if requested != "auto":
@@ -113,11 +113,16 @@ def choose_backend(op: str, requested: str, automatic: Callable[[], str]) -> str
                 f"Use one of: auto, {', '.join(names)}."
             )
         _require_usable(requested)
+        if requested not in (*eligible, "reference"):
+            raise ValueError(
+                f"backend={requested!r} of {op} does not cover this call. Use one of: auto, reference, "
+                f"{', '.join(eligible)}."
+            )
         choice = requested
-    elif _forced and _forced[-1] in names:
+    elif _forced and _forced[-1] in (*eligible, "reference"):
         choice = _forced[-1]
     else:
-        choice = automatic()
+        choice = next(name for name in eligible if _usable(name))
     if not torch.compiler.is_compiling() and (op, choice) not in _logged:
         _logged.add((op, choice))
         logger.info("%s runs on backend %r", op, choice)

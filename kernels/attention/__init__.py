@@ -7,6 +7,7 @@ from ..backend import choose_backend
 from ..checks import check_dtypes, check_rank
 from ..layout import sequence_lengths
 from .chunked import attention_torch, decode_attention_torch
+from .external import attention_flash_attn, attention_sdpa, can_run_flash_attn, can_run_sdpa
 from .reference import attention_reference, decode_attention_reference
 from .types import AttentionOutput, KVPrefix
 
@@ -87,7 +88,29 @@ def attention(
     if prefix is not None:
         prefix = _check_prefix(prefix, q, k, v, len(lengths), window_size, num_sinks)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    chosen = choose_backend("attention", backend, lambda: "torch")
+    if window_size is not None and prefix is None and cu_seqlens is None and window_size >= q.shape[1]:
+        window_size, num_sinks = None, 0
+    eligible: tuple[str, ...] = ("torch",)
+    if not return_stats and num_sinks == 0:
+        if can_run_flash_attn(q, v):
+            eligible = ("flash_attn", *eligible)
+        if can_run_sdpa(q, v) and window_size is None and prefix is None and cu_seqlens is None:
+            eligible = ("sdpa", *eligible)
+    chosen = choose_backend("attention", backend, eligible)
+    if chosen == "sdpa":
+        return AttentionOutput(attention_sdpa(q, k, v, scale), None, None)
+    if chosen == "flash_attn":
+        output = attention_flash_attn(
+            q,
+            k,
+            v,
+            lengths,
+            window_size=window_size,
+            prefix=prefix,
+            is_packed=cu_seqlens is not None,
+            scale=scale,
+        )
+        return AttentionOutput(output, None, None)
     if chosen == "reference":
         result = attention_reference(
             q,
@@ -161,7 +184,7 @@ def decode_attention(
             f"{tuple(valid.shape)}."
         )
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if choose_backend("decode_attention", backend, lambda: "torch") == "reference":
+    if choose_backend("decode_attention", backend, ("torch",)) == "reference":
         result = decode_attention_reference(q, k, v, valid, scale=scale)
         return result if return_stats else AttentionOutput(result.output, None, None)
     return decode_attention_torch(q, k, v, valid, scale=scale, return_stats=return_stats)

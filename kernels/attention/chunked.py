@@ -74,9 +74,9 @@ def attention_torch(
     seen = [0] * len(lengths) if prefix is None else prefix.num_seen.tolist()
     if is_packed or len(set(seen)) > 1:
         q, k, v = (x.flatten(0, 1)[None] for x in (q, k, v))
-        keys, values, segments = _lay_out_ragged(k, v, lengths, seen, num_sinks, prefix)
+        keys, values, segments = lay_out_ragged(k, v, lengths, seen, num_sinks, prefix)
     else:
-        keys, values, segments = _lay_out_dense(k, v, seen[0] if seen else 0, num_sinks, prefix)
+        keys, values, segments = lay_out_dense(k, v, seen[0] if seen else 0, num_sinks, prefix)
     tiles = _make_tiles(segments, num_heads // num_kv_heads, window_size, window_grid, num_sinks)
     if window_grid is not None:
         window_size = None  # a tile lies in one cell of the grid: every key it holds is young enough
@@ -109,7 +109,7 @@ def _past_slots(prefix: KVPrefix | None, num_seen: int, num_sinks: int) -> tuple
     return min(sink_slots, num_sinks, num_seen - num_filled), num_filled
 
 
-def _lay_out_dense(
+def lay_out_dense(
     k: Tensor, v: Tensor, num_seen: int, num_sinks: int, prefix: KVPrefix | None
 ) -> tuple[Tensor, Tensor, list[_Segment]]:
     """Key slots (B, S, Hkv, D) of a batch whose rows have all read `num_seen` tokens."""
@@ -126,7 +126,7 @@ def _lay_out_dense(
     return torch.cat(key_parts, 1), torch.cat(value_parts, 1), [segment]
 
 
-def _lay_out_ragged(
+def lay_out_ragged(
     k: Tensor,
     v: Tensor,
     lengths: tuple[int, ...],
@@ -170,8 +170,10 @@ def _lay_out_ragged(
 
 
 def _queries_per_tile(window_size: int | None) -> int:
-    """Queries of a tile: about half the window wastes little and keeps the matmuls large."""
-    return 128 if window_size is None else min(max(64, window_size // 2), 256)
+    """Queries of a tile: few, so that little outside the window is computed, enough for fast matmuls."""
+    if window_size is None:
+        return 256
+    return 64 if window_size <= 256 else 128
 
 
 def _make_tiles(
@@ -310,8 +312,9 @@ class _TiledAttention(torch.autograd.Function):
             rows, queries = slice(tile.r0, tile.r1), slice(tile.q0, tile.q1)
             scores = _scores(q, k, tile, ctx.scale, acc, masks)
             probs = scores.softmax(-1)
-            d_scores = torch.zeros_like(probs)
-            if d_out is not None:
+            if d_out is None:
+                d_scores = torch.zeros_like(probs)
+            else:
                 d_tile = d_out[rows, :, queries].flatten(1, 2)  # (R, G C, E)
                 d_probs = torch.bmm(d_tile, tile.columns(v).transpose(1, 2)).to(acc).view_as(probs)
                 d_scores = torch._softmax_backward_data(d_probs, probs, -1, acc)

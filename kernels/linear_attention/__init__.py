@@ -94,7 +94,7 @@ def linear_attention(
     if initial_state is not None:
         _check_state(initial_state, k, v, len(lengths), acc, normalize)
     scale = q.shape[3] ** -0.5 if scale is None else scale
-    chosen = choose_backend("linear_attention", backend, lambda: "torch")
+    chosen = choose_backend("linear_attention", backend, ("torch",))
     if chosen == "reference":
         output, state = linear_attention_reference(
             q, k, v, g, lengths, normalize=normalize, scale=scale, eps=eps, initial_state=initial_state
