@@ -6,6 +6,7 @@ integers, so empty slots are never touched and no position tensor is needed. Sco
 time, in the backward pass too, where they are computed again: memory is O(T), time is O(T (C + W)).
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -354,20 +355,56 @@ def decode_attention_torch(
 ) -> AttentionOutput:
     """One query per sequence against unordered slots; shapes as in `memzoo.kernels.decode_attention`."""
     num_sequences, _, num_heads, _ = q.shape
-    num_kv_heads = k.shape[2]
     acc = torch.float64 if q.dtype == torch.float64 else torch.float32
+    if valid is not None and valid.device.type == "cpu" and valid.all():
+        valid = None
     if valid is not None:
         hidden = ~valid[:, :, None, None]
         k, v = k.masked_fill(hidden, 0), v.masked_fill(hidden, 0)
-    q_grouped = q.view(num_sequences, num_kv_heads, -1, q.shape[-1])  # (N, Hkv, G, D)
-    scores = torch.matmul(q_grouped, k.permute(0, 2, 3, 1)).to(acc) * scale  # (N, Hkv, G, S)
+    q_grouped = q.reshape(num_sequences, k.shape[2], -1, q.shape[-1])  # (N, Hkv, G, D)
+    score, read = _decode_products(k)
+    scores = score(q_grouped, k).to(acc) * scale  # (N, Hkv, G, S)
     if valid is not None:
         scores = scores.masked_fill(~valid[:, None, None], float("-inf"))
     probs = scores.softmax(-1)
-    output = torch.matmul(probs.to(v.dtype), v.transpose(1, 2))  # (N, Hkv, G, E)
-    output = output.reshape(num_sequences, 1, num_heads, -1)
+    output = read(probs.to(v.dtype), v).reshape(num_sequences, 1, num_heads, -1)
     if not return_stats:
         return AttentionOutput(output, None, None)
     lse, row_max = scores.logsumexp(-1), scores.amax(-1)
     shape = (num_sequences, 1, num_heads)
     return AttentionOutput(output, lse.reshape(shape), row_max.reshape(shape))
+
+
+_Product = Callable[[Tensor, Tensor], Tensor]
+
+
+def _decode_products(k: Tensor) -> tuple[_Product, _Product]:
+    """Scores (N, Hkv, G, D) x (N, S, Hkv, D) -> (N, Hkv, G, S), and values back, without a copy of k or v.
+
+    Strided heads of one sequence are a batch that CPU matmuls take as it lies. In half precision they would
+    be copied into another order, so there all heads together are one matmul against a block-diagonal query.
+    """
+    if k.device.type != "cpu":
+        return (
+            lambda q, k: torch.matmul(q, k.permute(0, 2, 3, 1)),
+            lambda p, v: torch.matmul(p, v.transpose(1, 2)),
+        )
+    if k.dtype in (torch.float32, torch.float64):
+        return (
+            lambda q, k: torch.stack([torch.bmm(q[n], k[n].permute(1, 2, 0)) for n in range(len(q))]),
+            lambda p, v: torch.stack([torch.bmm(p[n], v[n].transpose(0, 1)) for n in range(len(p))]),
+        )
+    return _score_all_heads, _read_all_heads
+
+
+def _score_all_heads(q: Tensor, k: Tensor) -> Tensor:
+    num_kv_heads = k.shape[2]
+    own = torch.eye(num_kv_heads, dtype=q.dtype, device=q.device)
+    diagonal = (q[:, :, :, None] * own[:, None, :, None]).flatten(3).flatten(1, 2)  # (N, H, Hkv D)
+    return torch.bmm(diagonal, k.flatten(2).transpose(1, 2)).unflatten(1, (num_kv_heads, -1))
+
+
+def _read_all_heads(probs: Tensor, v: Tensor) -> Tensor:
+    every = torch.bmm(probs.flatten(1, 2), v.flatten(2))  # (N, H, Hkv E)
+    every = every.unflatten(1, probs.shape[1:3]).unflatten(3, (v.shape[2], -1))  # (N, Hkv, G, Hkv, E)
+    return every.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)

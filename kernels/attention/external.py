@@ -52,8 +52,7 @@ def attention_flash_attn(
     is_packed: bool,
     scale: float,
 ) -> Tensor:
-    """Attention without sinks and statistics on flash-attn. Untested until a GPU record agrees with the
-    reference."""
+    """Attention without sinks and statistics. Untested until a GPU record agrees with the reference."""
     from flash_attn import flash_attn_func, flash_attn_varlen_func
 
     options = {

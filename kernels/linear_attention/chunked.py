@@ -1,4 +1,4 @@
-"""Linear attention in chunks: matmuls inside a chunk and one scan over the states between chunks.
+"""Linear attention chunk by chunk: matmuls inside a chunk, and one running state between chunks.
 
 With G_i the sum of log-decays in a chunk up to and including token i, S the state entering the chunk and A
 its C x C
@@ -7,20 +7,39 @@ lower triangle (diagonal included):
     A_ij = (scale q_i . k_j) exp(G_i - G_j)        o_i = exp(G_i) (scale q_i) S + sum_j A_ij v_j
     S'   = exp(G_end) S + sum_j exp(G_end - G_j) k_j v_j^T
 
-Every exponent is at most 0, and what lies above the diagonal is masked before the exponential.
+Only one chunk is worked on at a time, in the processor's cache, and the state is updated in place. The
+backward pass runs the states again instead of storing them, so memory is O(T (K + V)) whatever the size of
+the state. No exponent is above 0, and exponents below a floor (a factor that no sum of this precision can
+see) are raised to it, because denormal numbers are slow.
 """
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from ..layout import ChunkLayout
 from .types import LinearState
 
-# Dimensions: B batch, T tokens, N sequences, H query heads, Hk key heads, HV value heads, G value heads per
-# key head, R query heads per key head, K key width, V value width of a key head (grouped value heads lie side
-# by side), X rows of heads, n chunks, C chunk length
+# Dimensions: B batch, T tokens, N sequences, H query heads, Hk key heads, HV value heads, R query heads per
+# key head, K key width, V value width of a key head (grouped value heads lie side by side), X rows of heads,
+# M segments, C chunk length
 
-_SCAN_BLOCK = 16
+
+class _Plan(NamedTuple):
+    """How a call is cut up: (start, length) of each segment, tokens per chunk, and the plain arguments."""
+
+    segments: tuple[tuple[int, int], ...]
+    chunk_size: int
+    scale: float
+    normalize: bool
+    need_final: bool
+
+    def chunks(self, start: int, length: int) -> Iterator[tuple[int, int]]:
+        """First token and end of each chunk of a segment."""
+        for t0 in range(start, start + length, self.chunk_size):
+            yield t0, min(t0 + self.chunk_size, start + length)
 
 
 def linear_attention_torch(
@@ -39,163 +58,281 @@ def linear_attention_torch(
     chunk_size: int,
 ) -> tuple[Tensor, LinearState | None]:
     """Chunked form of `memzoo.kernels.linear_attention`; arguments are already checked."""
-    dtype = q.dtype
-    acc = torch.float64 if dtype == torch.float64 else torch.float32
-    batch_size, num_tokens, num_heads, _ = q.shape
-    num_value_heads, num_key_heads = v.shape[2], k.shape[2]
-    if g is not None and g.shape[2] != num_key_heads:
-        repeats = num_value_heads // num_key_heads
+    batch_size, num_tokens = q.shape[:2]
+    out_shape = (batch_size, num_tokens, max(q.shape[2], v.shape[2]), v.shape[3])
+    if g is not None and g.shape[2] != k.shape[2]:
+        repeats = v.shape[2] // k.shape[2]
         q, k = q.repeat_interleave(repeats, 2), k.repeat_interleave(repeats, 2)
-        num_heads = num_key_heads = num_value_heads
-    num_groups = num_value_heads // num_key_heads
-    layout = ChunkLayout.make(lengths, max(1, min(chunk_size, max(lengths, default=1))))
-    grid = _Grid(layout, is_packed, batch_size)
+    num_key_heads = k.shape[2]
+    num_groups = v.shape[2] // num_key_heads
 
-    q_grid = grid.rows(q.to(acc).unflatten(2, (num_key_heads, -1))) * scale  # (X, n, C, R, K)
-    q_grid = q_grid.transpose(2, 3).flatten(2, 3)  # (X, n, R C, K)
-    k_grid = grid.rows(k.to(acc))  # (X, n, C, K)
-    v_grid = grid.rows(v.to(acc).unflatten(2, (num_key_heads, -1)).flatten(3))  # (X, n, C, V)
-    g_grid = None if g is None else grid.rows(g.to(acc)).cumsum(-1)  # (X, n, C)
-    num_repeats = num_heads // num_key_heads
-
-    scores = q_grid @ k_grid.transpose(-1, -2)  # (X, n, R C, C)
-    k_write, q_read, end = k_grid, q_grid, None
-    if g_grid is None:
-        causal = torch.ones(layout.chunk_size, layout.chunk_size, dtype=acc, device=q.device).tril()
-        scores = (scores.unflatten(2, (num_repeats, -1)) * causal).flatten(2, 3)
-    else:
-        future = torch.ones(layout.chunk_size, layout.chunk_size, dtype=torch.bool, device=q.device).triu(1)
-        decay = (
-            (g_grid[..., :, None] - g_grid[..., None, :]).masked_fill(future, float("-inf")).exp()
-        )  # (X, n, C, C)
-        scores = (scores.unflatten(2, (num_repeats, -1)) * decay.unsqueeze(2)).flatten(2, 3)
-        end = g_grid[..., -1]  # (X, n)
-        k_write = k_grid * (end[..., None] - g_grid).exp()[..., None]
-        q_read = q_grid * g_grid.exp()[:, :, None, :, None].expand(-1, -1, num_repeats, -1, -1).flatten(2, 3)
-    output = scores @ v_grid  # (X, n, R C, V)
-
+    # A dense batch is one segment with rows (b, h); a packed row has rows h and one segment per sequence.
+    q_rows = q.unflatten(2, (num_key_heads, -1)).permute(0, 2, 3, 1, 4).flatten(0, 1)  # (X, R, T, K)
+    k_rows = k.transpose(1, 2).flatten(0, 1)  # (X, T, K)
+    v_rows = v.unflatten(2, (num_key_heads, -1)).flatten(3).transpose(1, 2).flatten(0, 1)  # (X, T, V)
+    g_rows = None if g is None else g.transpose(1, 2).flatten(0, 1)  # (X, T)
     memory = normalizer = None
     if initial_state is not None:
         memory = initial_state.memory.unflatten(1, (num_key_heads, num_groups))
         memory = memory.transpose(2, 3).flatten(3)  # (N, Hk, K, V)
-        normalizer = initial_state.normalizer
-    final_memory = final_normalizer = None
-    if layout.total_chunks:
-        writes = k_write.transpose(-1, -2) @ v_grid  # (X, n, K, V)
-        entering, final_memory = grid.scan(writes, end, memory)
-        output = output + q_read @ entering
-    if normalize and layout.total_chunks:
-        entering, final_normalizer = grid.scan(
-            k_write.sum(2)[..., None], end, None if normalizer is None else normalizer[..., None]
-        )
-        weight = scores.sum(-1, keepdim=True) + q_read @ entering  # (X, n, R C, 1)
-        output = torch.cat([output, weight], -1)
-    result = grid.tokens(output.unflatten(2, (num_repeats, -1)))  # (L, Hk, R, V)
-    if normalize and layout.total_chunks:
-        result = result[..., :-1] / (result[..., -1:] + eps)
-    out_heads = max(num_heads, num_value_heads)
-    result = result.to(dtype).reshape(batch_size, num_tokens, out_heads, v.shape[3])
+        memory = memory if is_packed else memory.flatten(0, 1)[None]  # (M, X, K, V)
+        if normalize and initial_state.normalizer is not None:
+            normalizer = initial_state.normalizer  # (N, Hk, K)
+            normalizer = normalizer if is_packed else normalizer.flatten(0, 1)[None]  # (M, X, K)
+    starts = [0]
+    for length in lengths:
+        starts.append(starts[-1] + length)
+    segments = tuple(zip(starts[:-1], lengths, strict=True)) if is_packed else ((0, num_tokens),)
+    plan = _Plan(segments, chunk_size, scale, normalize, return_state)
+    result, weight, memory, normalizer = _ChunkedLinearAttention.apply(
+        q_rows, k_rows, v_rows, g_rows, memory, normalizer, plan
+    )
+    if normalize:
+        result = result / (weight + eps)[..., None]
+    # (X, R, T, V) -> (B, T, Hk, R, V); either R or the number of grouped value heads is 1
+    output = (
+        result.unflatten(0, (batch_size, num_key_heads)).permute(0, 3, 1, 2, 4).to(q.dtype).reshape(out_shape)
+    )
     if not return_state:
-        return result, None
-    if final_memory is None:
-        final_memory = (
-            memory
-            if memory is not None
-            else v_grid.new_zeros(len(lengths), num_key_heads, k.shape[3], num_groups * v.shape[3])
-        )
-    if normalize and final_normalizer is None:
+        return output, None
+    final_memory = (memory if is_packed else memory[0].unflatten(0, (batch_size, num_key_heads))).unflatten(
+        3, (num_groups, -1)
+    )
+    final_normalizer = None
+    if normalize:
         final_normalizer = (
-            normalizer[..., None]
-            if normalizer is not None
-            else k_grid.new_zeros(len(lengths), num_key_heads, k.shape[3], 1)
+            normalizer if is_packed else normalizer[0].unflatten(0, (batch_size, num_key_heads))
         )
-    final_memory = final_memory.unflatten(3, (num_groups, -1)).transpose(2, 3).flatten(1, 2)
-    return result, LinearState(final_memory, None if final_normalizer is None else final_normalizer[..., 0])
+    return output, LinearState(final_memory.transpose(2, 3).flatten(1, 2), final_normalizer)
 
 
-class _Grid:
-    """Tokens on a grid of chunks with heads in front, and the scan over the chunks of each sequence.
+class _Decay(NamedTuple):
+    """Decay factors of one chunk."""
 
-    Dense: X = B * Hk rows of n chunks, all sequences of one length. Packed: X = Hk rows that hold the chunks
-        of all
-    sequences one after the other.
-    """
+    inside: Tensor  # (X, 1, C, C) from token j to token i >= j; what lies above the diagonal is meaningless
+    read: Tensor  # (X, 1, C, 1) from the start of the chunk to token i
+    write: Tensor  # (X, C, 1) from token j to the end of the chunk
+    whole: Tensor  # (X, 1, 1)
 
-    def __init__(self, layout: ChunkLayout, is_packed: bool, batch_size: int):
-        self.layout = layout
-        self.is_packed = is_packed
-        self.batch_size = 1 if is_packed else batch_size
 
-    def rows(self, x: Tensor) -> Tensor:
-        """(B, T, Hk, ...) -> (X, n, C, ...), empty slots 0."""
-        chunks = self.layout.to_chunks(x.flatten(0, 1))  # (B n, C, Hk, ...)
-        chunks = chunks.unflatten(0, (self.batch_size, -1) if self.batch_size else (0, 1))
-        return chunks.movedim(3, 1).flatten(0, 1)
+def _decay(g: Tensor) -> _Decay:
+    """Factors from the log-decays (X, C) of a chunk."""
+    total = g.cumsum(-1)
+    floor = -700.0 if g.dtype == torch.float64 else -60.0
+    return _Decay(
+        (total[:, :, None] - total[:, None, :]).clamp(floor, 0).exp_()[:, None],
+        total.clamp(floor, 0).exp_()[:, None, :, None],
+        (total[:, -1:] - total).clamp(floor, 0).exp_()[..., None],
+        total[:, -1, None, None].clamp(floor, 0).exp_(),
+    )
 
-    def tokens(self, x: Tensor) -> Tensor:
-        """(X, n, R, C, V) -> (L, Hk, R, V)."""
-        chunks = x.unflatten(0, (self.batch_size, -1)).permute(0, 2, 4, 1, 3, 5)  # (B, n, C, Hk, R, V)
-        return self.layout.from_chunks(chunks.flatten(0, 1))
 
-    def scan(self, writes: Tensor, log_decay: Tensor | None, initial: Tensor | None) -> tuple[Tensor, Tensor]:
-        """States S_{c+1} = exp(log_decay_c) S_c + writes_c along the chunks of each sequence.
+class _Chunk:
+    """Tensors of one chunk in the accumulation dtype, and the two quantities both passes need."""
 
-        Args:
-            writes: (X, n, K, V).
-            log_decay: (X, n) or None for no decay.
-            initial: (N, Hk, K, V) or None for zeros.
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, t0: int, t1: int, scale: float):
+        acc = torch.float64 if q.dtype == torch.float64 else torch.float32
+        self.grouped = q[:, :, t0:t1].to(acc)  # (X, R, C, K)
+        self.q = self.grouped.flatten(1, 2)  # (X, R C, K)
+        self.k = k[:, t0:t1].to(acc)  # (X, C, K)
+        self.v = v[:, t0:t1].to(acc)  # (X, C, V)
+        self.decay = None if g is None else _decay(g[:, t0:t1].to(acc))
+        self.scale = scale
 
-        Returns:
-            The state entering each chunk (X, n, K, V) and the final state of each sequence (N, Hk, K, V).
-        """
-        if self.is_packed:
-            return self._scan_packed(writes, log_decay, initial)
-        first = (
-            writes.new_zeros(writes.shape[0], 1, *writes.shape[2:])
-            if initial is None
-            else initial.flatten(0, 1)[:, None]
+    def scores(self) -> Tensor:
+        """A of the module docstring, (X, R, C, C)."""
+        product = torch.baddbmm(
+            self.q.new_zeros(()), self.q, self.k.transpose(1, 2), beta=0, alpha=self.scale
         )
-        if log_decay is None:
-            states = torch.cat([first, writes], 1).cumsum(1)
-        else:
-            states = _decayed_scan(writes, log_decay, first)
-        return states[:, :-1], states[:, -1].unflatten(0, (self.batch_size, -1))
+        scores = product.unflatten(1, self.grouped.shape[1:3]).tril_()
+        return scores if self.decay is None else scores.mul_(self.decay.inside)
 
-    def _scan_packed(
-        self, writes: Tensor, log_decay: Tensor | None, initial: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        # Step i takes the i-th chunk of every sequence that has one: sequences never meet in one sum.
-        counts, starts = self.layout.num_chunks, self.layout.chunk_starts
-        order = sorted(range(len(counts)), key=lambda n: -counts[n])
-        index = torch.tensor(order, device=writes.device)
-        inverse = torch.empty_like(index)
-        inverse[index] = torch.arange(len(order), device=writes.device)
-        shape = (len(counts), writes.shape[0], *writes.shape[2:])
-        state = writes.new_zeros(shape) if initial is None else initial.index_select(0, index)
-        by_step = [[starts[n] + i for n in order if counts[n] > i] for i in range(max(counts, default=0))]
-        chunk_order = torch.tensor([c for step in by_step for c in step], device=writes.device)
-        steps = writes.transpose(0, 1).index_select(0, chunk_order).split([len(step) for step in by_step])
-        if log_decay is None:
-            decays = None
-        else:
-            ordered = log_decay.exp().transpose(0, 1)[..., None, None].index_select(0, chunk_order)
-            decays = ordered.split([len(step) for step in by_step])
-        entering, done = [], []
-        for i, write in enumerate(steps):
-            if write.shape[0] < state.shape[0]:
-                done.append(state[write.shape[0] :])
-                state = state[: write.shape[0]]
-            entering.append(state)
-            state = (state if decays is None else state * decays[i]) + write
-        final = torch.cat([state, *reversed(done)]).index_select(0, inverse)
-        back = torch.empty_like(chunk_order)
-        back[chunk_order] = torch.arange(len(chunk_order), device=writes.device)
-        return torch.cat(entering).index_select(0, back).transpose(0, 1), final
+    def q_read(self) -> Tensor:
+        """Queries as they read the state entering the chunk, (X, R C, K)."""
+        return self.q if self.decay is None else (self.grouped * self.decay.read).flatten(1, 2)
+
+    def write(self, memory: Tensor, normalizer: Tensor | None) -> None:
+        """Advance the state (X, K, V) and the sum of keys (X, K) over the chunk, in place."""
+        k_write = self.k if self.decay is None else self.k * self.decay.write
+        if self.decay is not None:
+            memory.mul_(self.decay.whole)
+        memory.baddbmm_(k_write.transpose(1, 2), self.v)
+        if normalizer is not None:
+            if self.decay is not None:
+                normalizer.mul_(self.decay.whole[..., 0])
+            normalizer.add_(k_write.sum(1))
 
 
-def _decayed_scan(writes: Tensor, log_decay: Tensor, first: Tensor) -> Tensor:
-    """States before each chunk and after the last, (X, n + 1, K, V), from first (X, 1, K, V)."""
-    states = [first]
-    for write, decay in zip(writes.unbind(1), log_decay.exp().unbind(1), strict=True):
-        states.append(states[-1] * decay[:, None, None, None] + write[:, None])
-    return torch.cat(states, 1)
+class _ChunkedLinearAttention(torch.autograd.Function):
+    """Numerator, weight and final state; the weight and the sum of keys are empty without normalisation."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        g: Tensor | None,
+        memory: Tensor | None,
+        normalizer: Tensor | None,
+        plan: _Plan,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        acc = torch.float64 if q.dtype == torch.float64 else torch.float32
+        output = q.new_empty(*q.shape[:3], v.shape[2], dtype=acc)  # (X, R, T, V)
+        weight = q.new_empty(q.shape[:3] if plan.normalize else 0, dtype=acc)  # (X, R, T)
+        final_memory, final_normalizer = _start(k, v, memory, normalizer, plan)
+        for m, (start, length) in enumerate(plan.segments):
+            state, key_sum = final_memory[m], final_normalizer[m] if plan.normalize else None
+            for t0, t1 in plan.chunks(start, length):
+                chunk = _Chunk(q, k, v, g, t0, t1, plan.scale)
+                scores = chunk.scores()
+                out = torch.bmm(scores.flatten(1, 2), chunk.v)  # (X, R C, V)
+                is_empty = memory is None and t0 == start
+                if not is_empty:
+                    q_read = chunk.q_read()
+                    out.baddbmm_(q_read, state, alpha=plan.scale)
+                output[:, :, t0:t1] = out.unflatten(1, scores.shape[1:3])
+                if key_sum is not None:
+                    key_weight = scores.sum(-1)  # (X, R, C)
+                    if not is_empty:
+                        read = torch.bmm(q_read, key_sum[..., None]).view_as(key_weight)
+                        key_weight.add_(read, alpha=plan.scale)
+                    weight[:, :, t0:t1] = key_weight
+                if plan.need_final or t1 < start + length:
+                    chunk.write(state, key_sum)
+        ctx.save_for_backward(q, k, v, g, memory, normalizer, final_memory, final_normalizer)
+        ctx.set_materialize_grads(False)
+        ctx.plan = plan
+        return output, weight, final_memory, final_normalizer
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any,
+        d_output: Tensor | None,
+        d_weight: Tensor | None,
+        d_final_memory: Tensor | None,
+        d_final_normalizer: Tensor | None,
+    ) -> tuple[Any, ...]:
+        q, k, v, g, memory, normalizer, final_memory, final_normalizer = ctx.saved_tensors
+        plan: _Plan = ctx.plan
+        acc = final_memory.dtype
+        if d_output is None:
+            d_output = q.new_zeros(*q.shape[:3], v.shape[2], dtype=acc)
+        if not plan.normalize:
+            d_weight = None
+        elif d_weight is None:
+            d_weight = q.new_zeros(q.shape[:3], dtype=acc)
+        dq, dk, dv = (torch.zeros_like(x, dtype=acc) for x in (q, k, v))
+        d_total = None if g is None else torch.zeros_like(g, dtype=acc)  # gradients of the running log-decays
+        d_memory = torch.zeros_like(final_memory) if d_final_memory is None else d_final_memory.clone()
+        d_normalizer = torch.zeros_like(final_normalizer)
+        if d_final_normalizer is not None:
+            d_normalizer.copy_(d_final_normalizer)
+        has_final = d_final_memory is not None or d_final_normalizer is not None
+        states, key_sums = _start(k, v, memory, normalizer, plan)
+        for m, (start, length) in enumerate(plan.segments):
+            bounds = list(plan.chunks(start, length))
+            state, key_sum = states[m], key_sums[m] if plan.normalize else None
+            # Forward over the states: gradients of the queries that read them.
+            reads: list[Tensor | None] = []
+            for t0, t1 in bounds:
+                if memory is None and t0 == start:
+                    reads.append(None)
+                    if len(bounds) > 1:
+                        _Chunk(q, k, v, g, t0, t1, plan.scale).write(state, key_sum)
+                    continue
+                chunk = _Chunk(q, k, v, g, t0, t1, plan.scale)
+                grad = torch.bmm(d_output[:, :, t0:t1].flatten(1, 2), state.transpose(1, 2))
+                grad = grad.view_as(chunk.grouped)  # (X, R, C, K)
+                if key_sum is not None and d_weight is not None:
+                    grad.addcmul_(d_weight[:, :, t0:t1, None], key_sum[:, None, None])
+                grad.mul_(plan.scale if chunk.decay is None else chunk.decay.read * plan.scale)
+                dq[:, :, t0:t1] = grad
+                if d_total is not None:
+                    per_token = (grad * chunk.grouped).sum((1, 3))  # (X, C)
+                    d_total[:, t0:t1] += per_token
+                    reads.append(per_token.sum(-1))
+                else:
+                    reads.append(None)
+                if t1 < start + length:
+                    chunk.write(state, key_sum)
+            # Backward over their gradients: everything else. `overlap` is <dS, S> after the chunk.
+            d_state, d_key_sum = d_memory[m], d_normalizer[m] if plan.normalize else None
+            overlap = None
+            if d_total is not None:
+                overlap = (d_state * final_memory[m]).sum((1, 2))  # (X,)
+                if d_key_sum is not None:
+                    overlap = overlap + (d_key_sum * final_normalizer[m]).sum(1)
+            for i, (t0, t1) in reversed(list(enumerate(bounds))):
+                chunk = _Chunk(q, k, v, g, t0, t1, plan.scale)
+                scores = chunk.scores()
+                d_out = d_output[:, :, t0:t1].flatten(1, 2)  # (X, R C, V)
+                d_scores = torch.bmm(d_out, chunk.v.transpose(1, 2)).view_as(scores)
+                if d_weight is not None:
+                    d_scores.add_(d_weight[:, :, t0:t1, None])
+                if d_total is not None:
+                    pairs = (d_scores * scores).sum(1)  # (X, C, C)
+                    d_total[:, t0:t1] += pairs.sum(2) - pairs.sum(1)
+                d_scores.tril_()
+                if chunk.decay is not None:
+                    d_scores.mul_(chunk.decay.inside)
+                d_flat = d_scores.flatten(1, 2)  # (X, R C, C)
+                grad_q = torch.baddbmm(chunk.q, d_flat, chunk.k, beta=0, alpha=plan.scale)
+                dq[:, :, t0:t1] += grad_q.view_as(chunk.grouped)
+                grad_k = torch.baddbmm(chunk.k, d_flat.transpose(1, 2), chunk.q, beta=0, alpha=plan.scale)
+                grad_v = torch.bmm(scores.flatten(1, 2).transpose(1, 2), d_out)
+                written = None
+                if has_final or i < len(bounds) - 1:
+                    k_write = chunk.k if chunk.decay is None else chunk.k * chunk.decay.write
+                    grad_v.baddbmm_(k_write, d_state)
+                    grad_write = torch.bmm(chunk.v, d_state.transpose(1, 2))  # (X, C, K)
+                    if d_key_sum is not None:
+                        grad_write.add_(d_key_sum[:, None])
+                    if chunk.decay is not None:
+                        grad_write.mul_(chunk.decay.write)
+                    if d_total is not None:
+                        written = (grad_write * chunk.k).sum(2)  # (X, C)
+                        d_total[:, t0:t1] -= written
+                    grad_k.add_(grad_write)
+                dk[:, t0:t1], dv[:, t0:t1] = grad_k, grad_v
+                if d_total is not None and overlap is not None:
+                    d_total[:, t1 - 1] += overlap
+                    if written is not None:
+                        overlap = overlap - written.sum(1)
+                    if reads[i] is not None:
+                        overlap = overlap + reads[i]
+                if i > 0 or memory is not None:
+                    q_read = chunk.q_read()
+                    if chunk.decay is not None:
+                        d_state.mul_(chunk.decay.whole)
+                    d_state.baddbmm_(q_read.transpose(1, 2), d_out, alpha=plan.scale)
+                    if d_key_sum is not None and d_weight is not None:
+                        if chunk.decay is not None:
+                            d_key_sum.mul_(chunk.decay.whole[..., 0])
+                        read = torch.bmm(d_weight[:, :, t0:t1].flatten(1)[:, None], q_read)[:, 0]
+                        d_key_sum.add_(read, alpha=plan.scale)
+                if d_total is not None:
+                    part = d_total[:, t0:t1]
+                    d_total[:, t0:t1] = part.flip(1).cumsum(1).flip(1)
+        return (
+            dq.to(q.dtype),
+            dk.to(k.dtype),
+            dv.to(v.dtype),
+            None if g is None or d_total is None else d_total.to(g.dtype),
+            None if memory is None else d_memory,
+            None if normalizer is None else d_normalizer,
+            None,
+        )
+
+
+def _start(
+    k: Tensor, v: Tensor, memory: Tensor | None, normalizer: Tensor | None, plan: _Plan
+) -> tuple[Tensor, Tensor]:
+    """Fresh copies (M, X, K, V) and (M, X, K) of the initial state; the second is empty if not normalised."""
+    acc = torch.float64 if k.dtype == torch.float64 else torch.float32
+    shape = (len(plan.segments), k.shape[0], k.shape[2])
+    if memory is None:
+        memory = k.new_zeros(*shape, v.shape[2], dtype=acc)
+        return memory, k.new_zeros(shape if plan.normalize else 0, dtype=acc)
+    return memory.clone(), k.new_zeros(0, dtype=acc) if normalizer is None else normalizer.clone()
