@@ -88,55 +88,52 @@ def attention(
     if prefix is not None:
         prefix = _check_prefix(prefix, q, k, v, len(lengths), window_size, num_sinks)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if window_size is not None and prefix is None and cu_seqlens is None and window_size >= q.shape[1]:
+    is_packed = cu_seqlens is not None
+    is_plain = prefix is None and not is_packed and window_grid is None
+    if is_plain and window_size is not None and window_size >= q.shape[1]:
         window_size, num_sinks = None, 0
     eligible: tuple[str, ...] = ("torch",)
-    if not return_stats and num_sinks == 0:
+    if not return_stats and num_sinks == 0 and window_grid is None:
         if can_run_flash_attn(q, v):
             eligible = ("flash_attn", *eligible)
-        if can_run_sdpa(q, v) and window_size is None and prefix is None and cu_seqlens is None:
+        if is_plain and window_size is None and can_run_sdpa(q, v):
             eligible = ("sdpa", *eligible)
     chosen = choose_backend("attention", backend, eligible)
-    if chosen == "sdpa":
-        return AttentionOutput(attention_sdpa(q, k, v, scale), None, None)
-    if chosen == "flash_attn":
-        output = attention_flash_attn(
+    # scores keep their precision and the output its dtype: autocast must not round the matmuls
+    with torch.autocast(q.device.type, enabled=False):
+        if chosen == "sdpa":
+            return AttentionOutput(attention_sdpa(q, k, v, scale), None, None)
+        if chosen == "flash_attn":
+            output = attention_flash_attn(
+                q, k, v, lengths, window_size=window_size, prefix=prefix, is_packed=is_packed, scale=scale
+            )
+            return AttentionOutput(output, None, None)
+        if chosen == "reference":
+            result = attention_reference(
+                q,
+                k,
+                v,
+                lengths,
+                window_size=window_size,
+                window_grid=window_grid,
+                num_sinks=num_sinks,
+                prefix=prefix,
+                scale=scale,
+            )
+            return result if return_stats else AttentionOutput(result.output, None, None)
+        return attention_torch(
             q,
             k,
             v,
             lengths,
-            window_size=window_size,
-            prefix=prefix,
-            is_packed=cu_seqlens is not None,
-            scale=scale,
-        )
-        return AttentionOutput(output, None, None)
-    if chosen == "reference":
-        result = attention_reference(
-            q,
-            k,
-            v,
-            lengths,
+            is_packed=is_packed,
             window_size=window_size,
             window_grid=window_grid,
             num_sinks=num_sinks,
             prefix=prefix,
             scale=scale,
+            return_stats=return_stats,
         )
-        return result if return_stats else AttentionOutput(result.output, None, None)
-    return attention_torch(
-        q,
-        k,
-        v,
-        lengths,
-        is_packed=cu_seqlens is not None,
-        window_size=window_size,
-        window_grid=window_grid,
-        num_sinks=num_sinks,
-        prefix=prefix,
-        scale=scale,
-        return_stats=return_stats,
-    )
 
 
 def decode_attention(
@@ -184,10 +181,12 @@ def decode_attention(
             f"{tuple(valid.shape)}."
         )
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if choose_backend("decode_attention", backend, ("torch",)) == "reference":
-        result = decode_attention_reference(q, k, v, valid, scale=scale)
-        return result if return_stats else AttentionOutput(result.output, None, None)
-    return decode_attention_torch(q, k, v, valid, scale=scale, return_stats=return_stats)
+    chosen = choose_backend("decode_attention", backend, ("torch",))
+    with torch.autocast(q.device.type, enabled=False):
+        if chosen == "reference":
+            result = decode_attention_reference(q, k, v, valid, scale=scale)
+            return result if return_stats else AttentionOutput(result.output, None, None)
+        return decode_attention_torch(q, k, v, valid, scale=scale, return_stats=return_stats)
 
 
 def _check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:

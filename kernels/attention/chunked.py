@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from ..autograd import backward_without_autocast
 from .types import AttentionOutput, KVPrefix
 
 # Dimensions: B batch, T tokens, N sequences, P prefix slots, S key slots, H query heads, G query heads per
@@ -301,7 +301,7 @@ class _TiledAttention(torch.autograd.Function):
         return output, lse, row_max
 
     @staticmethod
-    @once_differentiable
+    @backward_without_autocast
     def backward(
         ctx: Any, d_out: Tensor | None, d_lse: Tensor | None, d_max: Tensor | None
     ) -> tuple[Any, ...]:

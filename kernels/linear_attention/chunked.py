@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from ..autograd import backward_without_autocast
 from .types import LinearState
 
 # Dimensions: B batch, T tokens, N sequences, H query heads, Hk key heads, HV value heads, R query heads per
@@ -206,7 +206,7 @@ class _ChunkedLinearAttention(torch.autograd.Function):
         return output, weight, final_memory, final_normalizer
 
     @staticmethod
-    @once_differentiable
+    @backward_without_autocast
     def backward(
         ctx: Any,
         d_output: Tensor | None,

@@ -1,0 +1,19 @@
+"""What our hand-written backward passes share."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+
+def backward_without_autocast(function: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
+    """Make a `backward` differentiable once, and deaf to an autocast that is on where the caller runs it."""
+
+    @functools.wraps(function)
+    def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+        with torch.autocast(ctx.saved_tensors[0].device.type, enabled=False):
+            return function(ctx, *grads)
+
+    return once_differentiable(backward)
