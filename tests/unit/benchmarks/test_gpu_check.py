@@ -83,9 +83,9 @@ def test_a_copy_of_the_tree_is_enough(tmp_path: Path) -> None:
     assert results["passed"] >= 40
     failed = [check["name"] for check in results["checks"] if check["status"] == "failed"]
     assert done.returncode == (1 if failed else 0), failed
-    # here the script is tested; precision and the order of rows are the business of other tests
-    broken = [name for name in failed if not name.endswith(("/bfloat16", "/rows-float32"))]
-    assert not broken, [check for check in results["checks"] if check["status"] == "failed"]
+    # whether kernels and mixers are right is the business of their own tests
+    broken = [name for name in failed if not name.startswith(("kernels/", "mixers/"))]
+    assert not broken, [check for check in results["checks"] if check["name"] in broken]
 
 
 def test_a_tree_whose_links_were_lost_is_explained(tmp_path: Path) -> None:
@@ -98,6 +98,16 @@ def test_a_tree_whose_links_were_lost_is_explained(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert "a copy may have lost them" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
+def test_cases_hold_on_the_cpu(operation: str, dtype: torch.dtype) -> None:
+    from gpu_cases import CASES
+
+    for case in CASES:
+        if case.operation == operation:
+            assert case.check("torch", dtype, torch.device("cpu")) <= 1
 
 
 def test_every_operation_has_cases() -> None:
