@@ -124,6 +124,7 @@ def run_command(name: str, args: Sequence[str]) -> int:
 
 def _quieten() -> None:
     """Drop what Lightning says that is neither about this run nor to be acted upon."""
+    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
     warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\).*")
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
         logging.getLogger(name).addFilter(lambda record: "Tip:" not in record.getMessage())

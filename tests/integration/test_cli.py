@@ -1,0 +1,243 @@
+"""The command line from end to end: train, resume, evaluate, inspect, generate; mistakes and attacks."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from memzoo import cli
+from memzoo.models.checkpoints.folder import load_model
+from memzoo.records import read_record
+
+RECALL = {
+    "model": {
+        "config": {
+            "vocab_size": 64,
+            "d_model": 16,
+            "layers": [
+                {"type": "sliding_window", "window_size": 4, "num_heads": 2},
+                {"type": "based", "feature_dim": 4, "num_heads": 2},
+            ],
+        },
+        "optimizer": {"lr": 0.01, "warmup_steps": 2},
+    },
+    "data": {
+        "type": "mqar",
+        "vocab_size": 64,
+        "batch_size": 8,
+        "train_segments": [{"input_seq_len": 32, "num_kv_pairs": 4, "num_examples": 64}],
+        "eval_segments": [{"input_seq_len": 32, "num_kv_pairs": 4, "num_examples": 20}],
+    },
+    "trainer": {"max_epochs": 2, "accelerator": "cpu", "enable_progress_bar": False, "log_every_n_steps": 1},
+}
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of its own, in which `recall.yaml` describes a small run."""
+    monkeypatch.chdir(tmp_path)
+    # Lightning's log handler keeps the stderr of the test that imported it, which is closed by now.
+    monkeypatch.setattr(logging, "raiseExceptions", False)
+    logger = {
+        "class_path": "lightning.pytorch.loggers.CSVLogger",
+        "init_args": {"save_dir": str(tmp_path / "runs"), "name": "recall"},
+    }
+    content = RECALL | {"trainer": RECALL["trainer"] | {"logger": logger}}
+    (tmp_path / "recall.yaml").write_text(yaml.safe_dump(content))
+    return tmp_path
+
+
+def run(*arguments: str, status: int = 0) -> None:
+    assert cli.main(list(arguments)) == status
+
+
+def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The one line that a mistake prints."""
+    capsys.readouterr()
+    run(*arguments, status=2)
+    lines = [line for line in capsys.readouterr().err.splitlines() if "Seed set" not in line]
+    assert len(lines) == 1
+    assert lines[0].startswith("memzoo: error: ")
+    return lines[0]
+
+
+def test_help_loads_nothing_heavy() -> None:
+    code = (
+        "import sys; from memzoo import cli; cli.main(['--help']); "
+        "heavy = {'torch', 'lightning', 'transformers', 'jsonargparse', 'numpy'} & set(sys.modules); "
+        "assert not heavy, heavy"
+    )
+    places = [str(Path(cli.__file__).parents[1]), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, places))}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    for name in cli.COMMANDS:
+        assert name in done.stdout
+
+
+@pytest.mark.parametrize("command", ["inspect", "generate", "list", "bench"])
+def test_every_command_explains_its_flags(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main([command, "--help"])
+    assert stop.value.code == 0
+    shown = capsys.readouterr().out
+    assert f"usage: memzoo {command}" in shown
+    assert "--config" in shown
+
+
+def test_train_then_use_the_folder(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run("train", "fit", "--config", "recall.yaml")
+    folder = workplace / "runs" / "recall" / "version_0" / "model"
+    saved = yaml.safe_load((folder.parent / "config.yaml").read_text())
+    assert saved["data"]["type"] == "mqar"
+    assert saved["model"]["optimizer"]["beta2"] == 0.95, "defaults are written out"
+
+    capsys.readouterr()
+    task = ["--vocab_size", "64", "--input_seq_len", "32", "--num_kv_pairs", "4", "--num_examples", "10"]
+    run("evaluate", "mqar", "--model", str(folder), *task, "--output", "recall.json")
+    record = read_record("recall.json")
+    assert 0 <= record["results"]["accuracy"] <= 1
+    assert f"accuracy {record['results']['accuracy']:.4f}" in capsys.readouterr().out
+
+    run("inspect", "--model", str(folder), "--num_tokens", "100")
+    shown = capsys.readouterr().out
+    model = load_model(folder)
+    assert f"{model.num_parameters():,}" in shown
+    assert f"{model.flops_per_token(100):,}" in shown
+
+
+def test_the_saved_config_repeats_the_run(workplace: Path) -> None:
+    run("train", "fit", "--config", "recall.yaml", "--output", "first")
+    saved = workplace / "runs" / "recall" / "version_0" / "config.yaml"
+    run("train", "fit", "--config", str(saved), "--output", "second")
+    first, second = load_model("first").state_dict(), load_model("second").state_dict()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_stopped_run_resumes_bit_for_bit(workplace: Path) -> None:
+    run("train", "fit", "--config", "recall.yaml", "--output", "whole")
+    checkpointing = {
+        "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
+        "init_args": {"dirpath": "kept", "every_n_train_steps": 5, "save_top_k": -1},
+    }
+    run("train", "fit", "--config", "recall.yaml", "--trainer.callbacks", json.dumps([checkpointing]))
+    (middle,) = (workplace / "kept").glob("*step=5.ckpt")
+    run("train", "fit", "--config", "recall.yaml", "--ckpt_path", str(middle), "--output", "resumed")
+    whole, resumed = load_model("whole").state_dict(), load_model("resumed").state_dict()
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_text_from_training_to_generation(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (workplace / "book.txt").write_text("It was the best of times, it was the worst of times. " * 60)
+    config = yaml.safe_load((workplace / "recall.yaml").read_text())
+    config["model"]["config"]["vocab_size"] = 257
+    config["data"] = {
+        "type": "text",
+        "files": ["book.txt"],
+        "seq_len": 32,
+        "batch_size": 4,
+        "val_fraction": 0.2,
+    }
+    config["trainer"] |= {"max_steps": 3, "max_epochs": None}
+    (workplace / "text.yaml").write_text(yaml.safe_dump(config))
+    run("train", "fit", "--config", "text.yaml", "--output", "tiny")
+    run("train", "validate", "--config", "text.yaml")
+    capsys.readouterr()
+
+    run("generate", "--model", "tiny", "--prompt", "It was", "--max_new_tokens", "5")
+    assert capsys.readouterr().out.endswith("\n")
+    measure = ["--model", "tiny", "--text", "book.txt", "--window_size", "100", "--num_windows", "4"]
+    run("evaluate", "perplexity", *measure, "--output", "a.json")
+    run("evaluate", "perplexity", *measure, "--chunk_size", "7", "--output", "b.json")
+    a, b = read_record("a.json")["results"], read_record("b.json")["results"]
+    assert a["window_losses"] == pytest.approx(b["window_losses"], abs=1e-5), "chunks change no number"
+    assert [part["first"] for part in a["by_position"]] == [0, 64]
+    capsys.readouterr()
+    run("evaluate", "compare", "--a", "a.json", "--b", "b.json")
+    assert "over 4 windows" in capsys.readouterr().out
+
+
+def test_print_config_can_be_read_back(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["train", "fit", "--config", "recall.yaml", "--data.batch_size", "4", "--print_config"])
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert printed["data"]["batch_size"] == 4
+    assert printed["model"]["config"]["layers"] == RECALL["model"]["config"]["layers"]
+    (workplace / "printed.yaml").write_text(yaml.safe_dump(printed))
+    run("train", "fit", "--config", "printed.yaml", "--trainer.max_steps", "1")
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["trian"], "Did you mean 'train'?"),
+        (["train", "fti"], "Did you mean 'fit'?"),
+        (["train", "fit", "--config", "missing.yaml"], "there is no configuration file 'missing.yaml'"),
+        (["train", "fit", "--config", "train/mqar_bsed"], "Did you mean 'train/mqar_based'?"),
+        (["train", "fit", "--config", "recall.yaml", "--data.bacth_size", "3"], "Did you mean 'batch_size'?"),
+        (["train", "fit", "--config", "recall.yaml", "--data.type", "mqr"], "Did you mean 'mqar'?"),
+        (
+            ["train", "fit", "--config", "recall.yaml", "--model.config.d_modle=3"],
+            "Did you mean 'd_model'?",
+        ),
+        (
+            ["train", "fit", "--config", "recall.yaml", "--trainer.max_stpes", "3"],
+            "Did you mean 'max_steps'?",
+        ),
+        (["train", "fit", "--config", "recall.yaml", "--data.batch_size", "few"], "data.batch_size"),
+        (
+            ["train", "fit", "--config", "recall.yaml", "--data.batch_size", "0"],
+            "batch_size must be at least 1",
+        ),
+        (
+            ["train", "fit", "--config", "recall.yaml", "--model.config.d_model", "15"],
+            "multiple of num_heads",
+        ),
+        (["inspect", "--modle", "x"], "Did you mean model?"),
+        (["inspect", "--model", "nowhere"], "neither a file nor a shipped configuration"),
+        (["inspect"], "model"),
+        (["inspect", "--model", "train/mqar_based", "--num_tokens", "many"], "num_tokens"),
+        (["evaluate", "perplxity"], "Did you mean 'perplexity'?"),
+        (["evaluate", "perplexity", "--model", "nowhere", "--tokenizer", "bytes"], "no model at 'nowhere'"),
+        (["generate", "--model", "nowhere", "--prompt", "x"], "no tokenizer at 'nowhere'"),
+        (["bench", "--mixer", "basde"], "Did you mean 'based'?"),
+    ],
+)
+def test_mistakes_print_one_clean_line(
+    workplace: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert message in fails(capsys, *arguments)
+
+
+def test_debug_shows_where(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="trian"):
+        cli.main(["--debug", "trian"])
+    monkeypatch.setenv(cli.DEBUG_VARIABLE, "1")
+    with pytest.raises(ValueError, match="trian"):
+        cli.main(["trian"])
+
+
+def test_list_and_bench(capsys: pytest.CaptureFixture[str], workplace: Path) -> None:
+    run("list")
+    shown = capsys.readouterr().out
+    for word in ("based", "moby_dick", "train/mqar_based", "linear_attention"):
+        assert word in shown
+    sizes = ["--d_model", "8", "--lengths", "[16, 200]", "--settings", "{num_heads: 2}"]
+    run("bench", "--mixer", "based", *sizes, "--output", "bench.json")
+    figures = read_record("bench.json")["results"]["figures"]
+    assert {(figure["mixer"], figure["num_tokens"]) for figure in figures} == {
+        ("based", 16), ("attention", 16), ("based", 200), ("attention", 200)
+    }  # fmt: skip
+    bytes_of = {(figure["mixer"], figure["num_tokens"]): figure["state_num_bytes"] for figure in figures}
+    assert bytes_of["based", 16] == bytes_of["based", 200]
+    assert bytes_of["attention", 16] < bytes_of["attention", 200]

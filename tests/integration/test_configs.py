@@ -1,0 +1,165 @@
+"""Every shipped configuration parses, builds and trains."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from memzoo import cli, configs
+from memzoo.models.config import ModelConfig
+from memzoo.models.decoder import MemoryLM
+from memzoo.train.inspection import inspect_model
+from memzoo.train.lightning_cli import TrainCLI, with_shipped_configs
+
+MODELS = [name for name in configs.names() if name.startswith("models/")]
+RUNS = [name for name in configs.names() if name.startswith("train/")]
+SMALL = {
+    "mqar": {
+        "train_segments": [{"input_seq_len": 64, "num_kv_pairs": 4, "num_examples": 24}],
+        "batch_size": 8,
+    },
+    "text": {"seq_len": 64, "batch_size": 2, "max_val_windows": 2},
+}
+
+
+def test_there_are_configurations_of_both_kinds() -> None:
+    assert len(MODELS) >= 4
+    assert {"train/mqar_based", "train/mqar_window", "train/text_small"} <= set(RUNS)
+    assert all(configs.summary(name) for name in MODELS + RUNS)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_models_build_on_the_meta_device(name: str) -> None:
+    config = ModelConfig.from_dict(yaml.safe_load(configs.find(name).read_text()))
+    assert ModelConfig.from_dict(config.to_dict()) == config
+    model = MemoryLM(config, device="meta")
+    rows = inspect_model(config, num_tokens=1000)
+    assert rows[-1].num_parameters == model.num_parameters()
+    assert rows[-1].flops_per_token == model.flops_per_token(1000)
+
+
+@pytest.mark.parametrize(
+    "name, millions", [("models/based_360m", 363), ("models/based_1b", 1349), ("models/attention_360m", 360)]
+)
+def test_models_have_the_size_of_their_name(name: str, millions: int) -> None:
+    config = ModelConfig.from_dict(yaml.safe_load(configs.find(name).read_text()))
+    assert round(MemoryLM(config, device="meta").num_parameters() / 1e6) == millions
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_runs_train_three_steps(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    content = yaml.safe_load(configs.find(name).read_text())
+    small = [f"--data.{key}={json.dumps(value)}" for key, value in SMALL[content["data"]["type"]].items()]
+    run = ["--trainer.max_steps=3", "--trainer.limit_val_batches=1", "--trainer.accelerator=cpu"]
+    if "val_check_interval" in content["trainer"]:
+        run.append("--trainer.val_check_interval=3")
+    assert cli.main(["train", "fit", "--config", name, *small, *run, "--output", "model"]) == 0
+    assert (tmp_path / "model" / "config.json").is_file()
+    assert list(tmp_path.glob("runs/*/version_0/metrics.csv"))
+    assert list(tmp_path.glob("runs/*/version_0/events.out.tfevents.*"))
+
+
+def test_an_unknown_name_suggests_the_nearest() -> None:
+    with pytest.raises(ValueError, match="Did you mean 'train/mqar_based'"):
+        configs.find("train/mqar_bsed")
+
+
+# ---------------------------------------------------------------- import paths
+
+EVIL = "{class_path: planted.Module}"
+
+
+@pytest.fixture
+def planted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A module on the path that leaves a trace when anything imports it."""
+    trace = tmp_path / "imported"
+    (tmp_path / "planted.py").write_text(
+        f"open({str(trace)!r}, 'w').close()\n"
+        "from lightning.pytorch import Callback\n"
+        "class Module: pass\n"
+        "class Watch(Callback): pass\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "planted", raising=False)
+    monkeypatch.chdir(tmp_path)
+    return trace
+
+
+ATTACKS = [
+    "{model: planted.Module}",
+    "{model: {class_path: planted.Module}}",
+    "{model: {config: planted.Module}}",
+    "{model: {config: {class_path: planted.Module}}}",
+    "{model: {optimizer: planted.Module}}",
+    "{model: {config: {layers: [{class_path: planted.Module}]}}}",
+    "{model: {config: {layers: [{type: based, num_heads: {class_path: planted.Module}}]}}}",
+    "{model: {config: {mixer_defaults: {num_heads: {class_path: planted.Module}}}}}",
+    "{model: {config: {mixer_defaults: '{num_heads: {class_path: planted.Module}}'}}}",
+    r"""{model: {config: {mixer_defaults: '{num_heads: {"cl\x61ss_path": planted.Module}}'}}}""",
+    "{model: {config: {mlp: {class_path: planted.Module}}}}",
+    "{data: planted.Module}",
+    "{data: {class_path: planted.Module}}",
+    "{data: {type: planted.Module}}",
+    "{data: {train_segments: [planted.Module]}}",
+    "{data: {train_segments: '[planted.Module]'}}",
+    "{data: {train_segments: [{class_path: planted.Module}]}}",
+    "{data: {batch_size: {class_path: planted.Module}}}",
+    "{trainer: planted.yaml}",
+    "{trainer: {plugins: planted.Module}}",
+    "{trainer: {plugins: [planted.Module]}}",
+    "{trainer: {profiler: planted.Module}}",
+    "{trainer: {profiler: {class_path: planted.Module}}}",
+    "{trainer: {accelerator: {class_path: planted.Module}}}",
+    "{output: {class_path: planted.Module}}",
+    "{class_path: planted.Module}",
+]
+FLAGS = [
+    ["--model", "planted.Module"],
+    ["--model.config", "planted.Module"],
+    ["--model.config.class_path=planted.Module"],
+    ["--model.config", EVIL],
+    ["--model.config.layers+", EVIL],
+    ["--data.train_segments+", "planted.Module"],
+    ["--data.train_segments+=planted.Module"],
+    ["--trainer.profiler", "planted.Module"],
+    ["--trainer.profiler.help", "planted.Module"],
+    ["--trainer", "{profiler: planted.Module}"],
+    ["--config", EVIL],
+]
+
+
+@pytest.mark.parametrize("content", ATTACKS)
+def test_files_cannot_name_import_paths(content: str, planted: Path) -> None:
+    (planted.parent / "attack.yaml").write_text(content)
+    assert cli.main(["train", "fit", "--config", "train/mqar_based", "--config", "attack.yaml"]) == 2
+    assert not planted.exists()
+
+
+@pytest.mark.parametrize("flags", FLAGS, ids=" ".join)
+def test_flags_cannot_name_import_paths(flags: list[str], planted: Path) -> None:
+    assert cli.main(["train", "fit", "--config", "train/mqar_based", *flags]) == 2
+    assert not planted.exists()
+
+
+def test_callbacks_of_the_users_own_are_accepted(planted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The trace works, and the three places that may name classes do."""
+    (planted.parent / "own.yaml").write_text("{trainer: {callbacks: [{class_path: planted.Watch}]}}")
+    monkeypatch.setattr(TrainCLI, "_run_subcommand", lambda self, name: None)
+    made = TrainCLI(with_shipped_configs(["fit", "--config", "train/mqar_based", "--config", "own.yaml"]))
+    assert planted.exists()
+    assert "Watch" in [type(callback).__name__ for callback in made.trainer.callbacks]
+
+
+def test_a_checkpoint_cannot_change_what_is_built(planted: Path) -> None:
+    checkpoint = planted.parent / "evil.ckpt"
+    torch.save({"hyper_parameters": {"_class_path": "planted.Module"}, "state_dict": {}}, checkpoint)
+    arguments = ["train", "validate", "--config", "train/mqar_based", "--ckpt_path", str(checkpoint)]
+    with pytest.raises(Exception):  # noqa: B017  # whatever Lightning says of a checkpoint without weights
+        cli.main(["--debug", *arguments, "--data.eval_batch_size=2", "--trainer.logger=false"])
+    assert not planted.exists()
