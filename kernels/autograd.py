@@ -13,7 +13,9 @@ def backward_without_autocast(function: Callable[..., tuple[Any, ...]]) -> Calla
 
     @functools.wraps(function)
     def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
-        with torch.autocast(ctx.saved_tensors[0].device.type, enabled=False):
+        # not from ctx.saved_tensors: a checkpointed block may unpack them only once
+        device = next((grad.device for grad in grads if grad is not None), torch.device("cpu"))
+        with torch.autocast(device.type, enabled=False):
             return function(ctx, *grads)
 
     return once_differentiable(backward)
