@@ -95,7 +95,7 @@ class Elu1(FeatureMap):
         super().__init__(head_dim, head_dim)
 
     def _features(self, x: Tensor) -> Tensor:
-        return F.elu(x) + 1
+        return F.relu(x) + x.clamp(max=0).exp()  # in this form it never rounds to 0
 
 
 class Hadamard(FeatureMap):

@@ -38,6 +38,16 @@ def test_rebased_is_a_squared_product_of_normalised_heads() -> None:
     torch.testing.assert_close(product, (y[0] * y[1]).sum(-1) ** 2 / 6, rtol=0, atol=1e-9)
 
 
+def test_elu_stays_positive_and_smooth() -> None:
+    feature_map = make_feature_map("elu1", 1)
+    x = torch.tensor([-40.0, -20.0, -1.0, 0.0, 1.0]).view(1, 5, 1, 1).requires_grad_()
+    features = feature_map(x)
+    assert float(features.detach().min()) > 0
+    features.sum().backward()
+    expected = x.detach().clamp(max=0).exp()  # the derivative of elu
+    torch.testing.assert_close(x.grad, expected, rtol=1e-6, atol=0)
+
+
 def test_joint_and_separate_hedgehog_differ_in_their_sums() -> None:
     x = heads(5)
     joint = build("hedgehog", 5).double()(x).sum(-1)
