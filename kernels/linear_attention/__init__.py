@@ -95,13 +95,13 @@ def linear_attention(
         _check_state(initial_state, k, v, len(lengths), acc, normalize)
     scale = q.shape[3] ** -0.5 if scale is None else scale
     chosen = choose_backend("linear_attention", backend, ("torch",))
-    if chosen == "reference":
-        output, state = linear_attention_reference(
-            q, k, v, g, lengths, normalize=normalize, scale=scale, eps=eps, initial_state=initial_state
-        )
-        return output, state if return_state else None
     # sums stay in the accumulation dtype: autocast must not round the matmuls that make them
     with torch.autocast(q.device.type, enabled=False):
+        if chosen == "reference":
+            output, state = linear_attention_reference(
+                q, k, v, g, lengths, normalize=normalize, scale=scale, eps=eps, initial_state=initial_state
+            )
+            return output, state if return_state else None
         return linear_attention_torch(
             q,
             k,
