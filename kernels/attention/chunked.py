@@ -6,7 +6,7 @@ integers, so empty slots are never touched and no position tensor is needed. Sco
 time, in the backward pass too, where they are computed again: memory is O(T), time is O(T (C + W)).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -85,20 +85,22 @@ def attention_torch(
     q_rows = q.unflatten(2, (num_kv_heads, -1)).permute(0, 2, 3, 1, 4).flatten(0, 1)
     k_rows = keys.transpose(1, 2).flatten(0, 1)
     v_rows = values.transpose(1, 2).flatten(0, 1)
-    output, lse, row_max = _TiledAttention.apply(
-        q_rows, k_rows, v_rows, tiles, window_size, scale, return_stats
-    )
+    plan = _Plan(tiles, window_size, scale, return_stats)
+    if torch.compiler.is_compiling():
+        output, lse, row_max = _attend_op(
+            q_rows, k_rows, v_rows, plan.numbers(), window_size or 0, scale, return_stats
+        )
+    else:
+        output, lse, row_max = _TiledAttention.apply(q_rows, k_rows, v_rows, plan)
 
     def to_heads(x: Tensor) -> Tensor:
         """(R, G, T, ...) -> (B, T, H, ...)."""
         heads = x.unflatten(0, (-1, num_kv_heads)).flatten(1, 2).transpose(1, 2)
         return heads.reshape(batch_size, num_tokens, num_heads, *x.shape[3:])
 
-    return AttentionOutput(
-        to_heads(output),
-        None if lse is None else to_heads(lse),
-        None if row_max is None else to_heads(row_max),
-    )
+    if not return_stats:
+        return AttentionOutput(to_heads(output), None, None)
+    return AttentionOutput(to_heads(output), to_heads(lse), to_heads(row_max))
 
 
 def _past_slots(prefix: KVPrefix | None, num_seen: int, num_sinks: int) -> tuple[int, int]:
@@ -266,71 +268,170 @@ class _Masks:
         return patches
 
 
+class _Plan(NamedTuple):
+    """Everything of a call that is not a tensor."""
+
+    tiles: tuple[_Tile, ...]
+    window_size: int | None
+    scale: float
+    return_stats: bool
+
+    def numbers(self) -> list[int]:
+        """The tiles as one list."""
+        return [number for tile in self.tiles for number in tile]
+
+    @classmethod
+    def from_numbers(
+        cls, numbers: Sequence[int], window_size: int, scale: float, return_stats: bool
+    ) -> "_Plan":
+        """The inverse of `numbers`; window_size 0 stands for None."""
+        width = len(_Tile._fields)
+        tiles = tuple(_Tile(*numbers[i : i + width]) for i in range(0, len(numbers), width))
+        return cls(tiles, window_size or None, scale, return_stats)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, plan: _Plan) -> tuple[Tensor, Tensor, Tensor]:
+    """Output (R, G, T, E), lse and row_max (R, G, T); the last two are empty unless asked for."""
+    acc = torch.float64 if q.dtype == torch.float64 else torch.float32
+    output, lse, row_max = _empty_results(q, v, plan.return_stats)
+    masks = _Masks(plan.window_size, q.new_empty((), dtype=acc))
+    for tile in plan.tiles:
+        rows, queries = slice(tile.r0, tile.r1), slice(tile.q0, tile.q1)
+        scores = _scores(q, k, tile, plan.scale, acc, masks)
+        probs = scores.softmax(-1)
+        if plan.return_stats:
+            top = scores.amax(-1)
+            row_max[rows, :, queries] = top
+            lse[rows, :, queries] = top - probs.amax(-1).log()
+        out = torch.bmm(probs.flatten(1, 2).to(v.dtype), tile.columns(v))
+        output[rows, :, queries] = out.view(*probs.shape[:3], -1)
+    return output, lse, row_max
+
+
+def _empty_results(q: Tensor, v: Tensor, return_stats: bool) -> tuple[Tensor, Tensor, Tensor]:
+    acc = torch.float64 if q.dtype == torch.float64 else torch.float32
+    shape = q.shape[:3] if return_stats else (0,)
+    return (
+        q.new_empty(*q.shape[:3], v.shape[-1]),
+        q.new_empty(shape, dtype=acc),
+        q.new_empty(shape, dtype=acc),
+    )
+
+
+def _attend_backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    d_out: Tensor | None,
+    d_lse: Tensor | None,
+    d_max: Tensor | None,
+    *,
+    plan: _Plan,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v; the probabilities of a tile are computed again."""
+    acc = torch.float64 if q.dtype == torch.float64 else torch.float32
+    dq, dk, dv = torch.empty_like(q), torch.zeros_like(k, dtype=acc), torch.zeros_like(v, dtype=acc)
+    masks = _Masks(plan.window_size, q.new_empty((), dtype=acc))
+    for tile in plan.tiles:
+        rows, queries = slice(tile.r0, tile.r1), slice(tile.q0, tile.q1)
+        scores = _scores(q, k, tile, plan.scale, acc, masks)
+        probs = scores.softmax(-1)
+        if d_out is None:
+            d_scores = torch.zeros_like(probs)
+        else:
+            d_tile = d_out[rows, :, queries].flatten(1, 2)  # (R, G C, E)
+            d_probs = torch.bmm(d_tile, tile.columns(v).transpose(1, 2)).to(acc).view_as(probs)
+            d_scores = torch._softmax_backward_data(d_probs, probs, -1, acc)
+            _add_columns(dv, tile, torch.bmm(probs.flatten(1, 2).to(v.dtype).transpose(1, 2), d_tile))
+        if d_lse is not None:
+            d_scores = d_scores + probs * d_lse[rows, :, queries, None]
+        if d_max is not None:
+            is_top = (scores == scores.amax(-1, keepdim=True)).to(acc)
+            d_scores = d_scores + is_top * (d_max[rows, :, queries, None] / is_top.sum(-1, keepdim=True))
+        d_flat = d_scores.flatten(1, 2).to(q.dtype)  # (R, G C, J)
+        d_query = torch.bmm(d_flat, tile.columns(k)) * plan.scale
+        dq[rows, :, queries] = d_query.view(*probs.shape[:3], -1)
+        d_key = torch.bmm(d_flat.transpose(1, 2), q[rows, :, queries].flatten(1, 2))
+        _add_columns(dk, tile, d_key * plan.scale)
+    return dq, dk.to(k.dtype), dv.to(v.dtype)
+
+
 class _TiledAttention(torch.autograd.Function):
-    """Attention over a list of tiles; the backward pass computes the probabilities of a tile again."""
+    """`_attend` with its gradient."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        tiles: tuple[_Tile, ...],
-        window_size: int | None,
-        scale: float,
-        return_stats: bool,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        acc = torch.float64 if q.dtype == torch.float64 else torch.float32
-        output = q.new_empty(*q.shape[:3], v.shape[-1])  # (R, G, T, E)
-        lse = q.new_empty(q.shape[:3], dtype=acc) if return_stats else None
-        row_max = q.new_empty(q.shape[:3], dtype=acc) if return_stats else None
-        masks = _Masks(window_size, q.new_empty((), dtype=acc))
-        for tile in tiles:
-            rows, queries = slice(tile.r0, tile.r1), slice(tile.q0, tile.q1)
-            scores = _scores(q, k, tile, scale, acc, masks)
-            probs = scores.softmax(-1)
-            if lse is not None and row_max is not None:
-                top = scores.amax(-1)
-                row_max[rows, :, queries] = top
-                lse[rows, :, queries] = top - probs.amax(-1).log()
-            out = torch.bmm(probs.flatten(1, 2).to(v.dtype), tile.columns(v))
-            output[rows, :, queries] = out.view(*probs.shape[:3], -1)
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, plan: _Plan) -> tuple[Tensor, Tensor, Tensor]:
         ctx.save_for_backward(q, k, v)
         ctx.set_materialize_grads(False)
-        ctx.tiles, ctx.window_size, ctx.scale = tiles, window_size, scale
-        return output, lse, row_max
+        ctx.plan = plan
+        return _attend(q, k, v, plan)
 
     @staticmethod
     @backward_without_autocast
-    def backward(
-        ctx: Any, d_out: Tensor | None, d_lse: Tensor | None, d_max: Tensor | None
-    ) -> tuple[Any, ...]:
-        q, k, v = ctx.saved_tensors
-        acc = torch.float64 if q.dtype == torch.float64 else torch.float32
-        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k, dtype=acc), torch.zeros_like(v, dtype=acc)
-        masks = _Masks(ctx.window_size, q.new_empty((), dtype=acc))
-        for tile in ctx.tiles:
-            rows, queries = slice(tile.r0, tile.r1), slice(tile.q0, tile.q1)
-            scores = _scores(q, k, tile, ctx.scale, acc, masks)
-            probs = scores.softmax(-1)
-            if d_out is None:
-                d_scores = torch.zeros_like(probs)
-            else:
-                d_tile = d_out[rows, :, queries].flatten(1, 2)  # (R, G C, E)
-                d_probs = torch.bmm(d_tile, tile.columns(v).transpose(1, 2)).to(acc).view_as(probs)
-                d_scores = torch._softmax_backward_data(d_probs, probs, -1, acc)
-                _add_columns(dv, tile, torch.bmm(probs.flatten(1, 2).to(v.dtype).transpose(1, 2), d_tile))
-            if d_lse is not None:
-                d_scores = d_scores + probs * d_lse[rows, :, queries, None]
-            if d_max is not None:
-                is_top = (scores == scores.amax(-1, keepdim=True)).to(acc)
-                d_scores = d_scores + is_top * (d_max[rows, :, queries, None] / is_top.sum(-1, keepdim=True))
-            d_flat = d_scores.flatten(1, 2).to(q.dtype)  # (R, G C, J)
-            d_query = torch.bmm(d_flat, tile.columns(k)) * ctx.scale
-            dq[rows, :, queries] = d_query.view(*probs.shape[:3], -1)
-            d_key = torch.bmm(d_flat.transpose(1, 2), q[rows, :, queries].flatten(1, 2))
-            _add_columns(dk, tile, d_key * ctx.scale)
-        return dq, dk.to(k.dtype), dv.to(v.dtype), None, None, None, None
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        d_out, d_lse, d_max = grads
+        return *_attend_backward(*ctx.saved_tensors, d_out, d_lse, d_max, plan=ctx.plan), None
+
+
+# Under torch.compile the loop over tiles is one opaque operation: unrolled it would take minutes to compile.
+# In eager mode it stays visible, to the FLOP counter for one.
+@torch.library.custom_op(
+    "memzoo::tiled_attention",
+    mutates_args=(),
+    schema="(Tensor q, Tensor k, Tensor v, SymInt[] tiles, SymInt window_size, float scale, "
+    "bool return_stats) -> (Tensor, Tensor, Tensor)",
+)
+def _attend_op(
+    q: Tensor, k: Tensor, v: Tensor, tiles: Sequence[int], window_size: int, scale: float, return_stats: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _attend(q, k, v, _Plan.from_numbers(tiles, window_size, scale, return_stats))
+
+
+@torch.library.custom_op(
+    "memzoo::tiled_attention_backward",
+    mutates_args=(),
+    schema="(Tensor q, Tensor k, Tensor v, Tensor d_out, Tensor? d_lse, Tensor? d_max, SymInt[] tiles, "
+    "SymInt window_size, float scale) -> (Tensor, Tensor, Tensor)",
+)
+def _attend_backward_op(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    d_out: Tensor,
+    d_lse: Tensor | None,
+    d_max: Tensor | None,
+    tiles: Sequence[int],
+    window_size: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    plan = _Plan.from_numbers(tiles, window_size, scale, d_lse is not None)
+    return _attend_backward(q, k, v, d_out, d_lse, d_max, plan=plan)
+
+
+@_attend_op.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, tiles: Sequence[int], window_size: int, scale: float, return_stats: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _empty_results(q, v, return_stats)
+
+
+@_attend_backward_op.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+def _save_for_op(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    q, k, v, ctx.tiles, ctx.window_size, ctx.scale, ctx.return_stats = inputs
+    ctx.save_for_backward(q, k, v)
+
+
+def _op_backward(ctx: Any, d_out: Tensor, d_lse: Tensor, d_max: Tensor) -> tuple[Tensor | None, ...]:
+    stats = (d_lse, d_max) if ctx.return_stats else (None, None)
+    grads = _attend_backward_op(*ctx.saved_tensors, d_out, *stats, ctx.tiles, ctx.window_size, ctx.scale)
+    return *grads, None, None, None, None
+
+
+_attend_op.register_autograd(_op_backward, setup_context=_save_for_op)
 
 
 def _scores(q: Tensor, k: Tensor, tile: _Tile, scale: float, acc: torch.dtype, masks: _Masks) -> Tensor:

@@ -13,7 +13,7 @@ the state. No exponent is above 0, and exponents below a floor (a factor that no
 see) are raised to it, because denormal numbers are slow.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -35,6 +35,15 @@ class _Plan(NamedTuple):
     scale: float
     normalize: bool
     need_final: bool
+
+    def numbers(self) -> tuple[list[int], int, float, bool, bool]:
+        """The plan as arguments of an operation."""
+        return [n for pair in self.segments for n in pair], *self[1:]
+
+    @classmethod
+    def from_numbers(cls, segments: Sequence[int], *rest: Any) -> "_Plan":
+        """The inverse of `numbers`."""
+        return cls(tuple(zip(segments[::2], segments[1::2], strict=True)), *rest)
 
     def chunks(self, start: int, length: int) -> Iterator[tuple[int, int]]:
         """First token and end of each chunk of a segment."""
@@ -84,9 +93,11 @@ def linear_attention_torch(
         starts.append(starts[-1] + length)
     segments = tuple(zip(starts[:-1], lengths, strict=True)) if is_packed else ((0, num_tokens),)
     plan = _Plan(segments, chunk_size, scale, normalize, return_state)
-    result, weight, memory, normalizer = _ChunkedLinearAttention.apply(
-        q_rows, k_rows, v_rows, g_rows, memory, normalizer, plan
-    )
+    tensors = (q_rows, k_rows, v_rows, g_rows, memory, normalizer)
+    if torch.compiler.is_compiling():
+        result, weight, memory, normalizer = _attend_op(*tensors, *plan.numbers())
+    else:
+        result, weight, memory, normalizer = _ChunkedLinearAttention.apply(*tensors, plan)
     if normalize:
         result = result / (weight + eps)[..., None]
     # (X, R, T, V) -> (B, T, Hk, R, V); either R or the number of grouped value heads is 1
@@ -163,167 +174,245 @@ class _Chunk:
             normalizer.add_(k_write.sum(1))
 
 
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    memory: Tensor | None,
+    normalizer: Tensor | None,
+    *,
+    plan: _Plan,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Numerator (X, R, T, V), weight (X, R, T) or empty, final state and sum of keys or empty."""
+    output, weight, *_ = _empty_results(q, k, v, plan=plan)
+    final_memory, final_normalizer = _start(k, v, memory, normalizer, plan)
+    for m, (start, length) in enumerate(plan.segments):
+        state, key_sum = final_memory[m], final_normalizer[m] if plan.normalize else None
+        for t0, t1 in plan.chunks(start, length):
+            chunk = _Chunk(q, k, v, g, t0, t1, plan.scale)
+            scores = chunk.scores()
+            out = torch.bmm(scores.flatten(1, 2), chunk.v)  # (X, R C, V)
+            is_empty = memory is None and t0 == start
+            if not is_empty:
+                q_read = chunk.q_read()
+                out.baddbmm_(q_read, state, alpha=plan.scale)
+            output[:, :, t0:t1] = out.unflatten(1, scores.shape[1:3])
+            if key_sum is not None:
+                key_weight = scores.sum(-1)  # (X, R, C)
+                if not is_empty:
+                    read = torch.bmm(q_read, key_sum[..., None]).view_as(key_weight)
+                    key_weight.add_(read, alpha=plan.scale)
+                weight[:, :, t0:t1] = key_weight
+            if plan.need_final or t1 < start + length:
+                chunk.write(state, key_sum)
+    return output, weight, final_memory, final_normalizer
+
+
+def _attend_backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    memory: Tensor | None,
+    normalizer: Tensor | None,
+    final_memory: Tensor,
+    final_normalizer: Tensor,
+    d_output: Tensor | None,
+    d_weight: Tensor | None,
+    d_final_memory: Tensor | None,
+    d_final_normalizer: Tensor | None,
+    *,
+    plan: _Plan,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of q, k, v, g, memory and normalizer."""
+    acc = final_memory.dtype
+    if d_output is None:
+        d_output = q.new_zeros(*q.shape[:3], v.shape[2], dtype=acc)
+    if not plan.normalize:
+        d_weight = None
+    elif d_weight is None:
+        d_weight = q.new_zeros(q.shape[:3], dtype=acc)
+    dq, dk, dv = (torch.zeros_like(x, dtype=acc) for x in (q, k, v))
+    d_total = None if g is None else torch.zeros_like(g, dtype=acc)  # gradients of the running log-decays
+    d_memory = torch.zeros_like(final_memory) if d_final_memory is None else d_final_memory.clone()
+    d_normalizer = torch.zeros_like(final_normalizer)
+    if d_final_normalizer is not None:
+        d_normalizer.copy_(d_final_normalizer)
+    has_final = d_final_memory is not None or d_final_normalizer is not None
+    states, key_sums = _start(k, v, memory, normalizer, plan)
+    for m, (start, length) in enumerate(plan.segments):
+        bounds = list(plan.chunks(start, length))
+        state, key_sum = states[m], key_sums[m] if plan.normalize else None
+        # Forward over the states: gradients of the queries that read them.
+        reads: list[Tensor | None] = []
+        for t0, t1 in bounds:
+            if memory is None and t0 == start:
+                reads.append(None)
+                if len(bounds) > 1:
+                    _Chunk(q, k, v, g, t0, t1, plan.scale).write(state, key_sum)
+                continue
+            chunk = _Chunk(q, k, v, g, t0, t1, plan.scale)
+            grad = torch.bmm(d_output[:, :, t0:t1].flatten(1, 2), state.transpose(1, 2))
+            grad = grad.view_as(chunk.grouped)  # (X, R, C, K)
+            if key_sum is not None and d_weight is not None:
+                grad.addcmul_(d_weight[:, :, t0:t1, None], key_sum[:, None, None])
+            grad.mul_(plan.scale if chunk.decay is None else chunk.decay.read * plan.scale)
+            dq[:, :, t0:t1] = grad
+            if d_total is not None:
+                per_token = (grad * chunk.grouped).sum((1, 3))  # (X, C)
+                d_total[:, t0:t1] += per_token
+                reads.append(per_token.sum(-1))
+            else:
+                reads.append(None)
+            if t1 < start + length:
+                chunk.write(state, key_sum)
+        # Backward over their gradients: everything else. `overlap` is <dS, S> after the chunk.
+        d_state, d_key_sum = d_memory[m], d_normalizer[m] if plan.normalize else None
+        overlap = None
+        if d_total is not None:
+            overlap = (d_state * final_memory[m]).sum((1, 2))  # (X,)
+            if d_key_sum is not None:
+                overlap = overlap + (d_key_sum * final_normalizer[m]).sum(1)
+        for i, (t0, t1) in reversed(list(enumerate(bounds))):
+            chunk = _Chunk(q, k, v, g, t0, t1, plan.scale)
+            scores = chunk.scores()
+            d_out = d_output[:, :, t0:t1].flatten(1, 2)  # (X, R C, V)
+            d_scores = torch.bmm(d_out, chunk.v.transpose(1, 2)).view_as(scores)
+            if d_weight is not None:
+                d_scores.add_(d_weight[:, :, t0:t1, None])
+            if d_total is not None:
+                pairs = (d_scores * scores).sum(1)  # (X, C, C)
+                d_total[:, t0:t1] += pairs.sum(2) - pairs.sum(1)
+            d_scores.tril_()
+            if chunk.decay is not None:
+                d_scores.mul_(chunk.decay.inside)
+            d_flat = d_scores.flatten(1, 2)  # (X, R C, C)
+            grad_q = torch.baddbmm(chunk.q, d_flat, chunk.k, beta=0, alpha=plan.scale)
+            dq[:, :, t0:t1] += grad_q.view_as(chunk.grouped)
+            grad_k = torch.baddbmm(chunk.k, d_flat.transpose(1, 2), chunk.q, beta=0, alpha=plan.scale)
+            grad_v = torch.bmm(scores.flatten(1, 2).transpose(1, 2), d_out)
+            written = None
+            if has_final or i < len(bounds) - 1:
+                k_write = chunk.k if chunk.decay is None else chunk.k * chunk.decay.write
+                grad_v.baddbmm_(k_write, d_state)
+                grad_write = torch.bmm(chunk.v, d_state.transpose(1, 2))  # (X, C, K)
+                if d_key_sum is not None:
+                    grad_write.add_(d_key_sum[:, None])
+                if chunk.decay is not None:
+                    grad_write.mul_(chunk.decay.write)
+                if d_total is not None:
+                    written = (grad_write * chunk.k).sum(2)  # (X, C)
+                    d_total[:, t0:t1] -= written
+                grad_k.add_(grad_write)
+            dk[:, t0:t1], dv[:, t0:t1] = grad_k, grad_v
+            if d_total is not None and overlap is not None:
+                d_total[:, t1 - 1] += overlap
+                if written is not None:
+                    overlap = overlap - written.sum(1)
+                read_by = reads[i]
+                if read_by is not None:
+                    overlap = overlap + read_by
+            if i > 0 or memory is not None:
+                q_read = chunk.q_read()
+                if chunk.decay is not None:
+                    d_state.mul_(chunk.decay.whole)
+                d_state.baddbmm_(q_read.transpose(1, 2), d_out, alpha=plan.scale)
+                if d_key_sum is not None and d_weight is not None:
+                    if chunk.decay is not None:
+                        d_key_sum.mul_(chunk.decay.whole[..., 0])
+                    read = torch.bmm(d_weight[:, :, t0:t1].flatten(1)[:, None], q_read)[:, 0]
+                    d_key_sum.add_(read, alpha=plan.scale)
+            if d_total is not None:
+                part = d_total[:, t0:t1]
+                d_total[:, t0:t1] = part.flip(1).cumsum(1).flip(1)
+    return (
+        dq.to(q.dtype),
+        dk.to(k.dtype),
+        dv.to(v.dtype),
+        None if g is None or d_total is None else d_total.to(g.dtype),
+        None if memory is None else d_memory,
+        None if normalizer is None else d_normalizer,
+    )
+
+
 class _ChunkedLinearAttention(torch.autograd.Function):
-    """Numerator, weight and final state; the weight and the sum of keys are empty without normalisation."""
+    """`_attend` with its gradient."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        g: Tensor | None,
-        memory: Tensor | None,
-        normalizer: Tensor | None,
-        plan: _Plan,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        acc = torch.float64 if q.dtype == torch.float64 else torch.float32
-        output = q.new_empty(*q.shape[:3], v.shape[2], dtype=acc)  # (X, R, T, V)
-        weight = q.new_empty(q.shape[:3] if plan.normalize else 0, dtype=acc)  # (X, R, T)
-        final_memory, final_normalizer = _start(k, v, memory, normalizer, plan)
-        for m, (start, length) in enumerate(plan.segments):
-            state, key_sum = final_memory[m], final_normalizer[m] if plan.normalize else None
-            for t0, t1 in plan.chunks(start, length):
-                chunk = _Chunk(q, k, v, g, t0, t1, plan.scale)
-                scores = chunk.scores()
-                out = torch.bmm(scores.flatten(1, 2), chunk.v)  # (X, R C, V)
-                is_empty = memory is None and t0 == start
-                if not is_empty:
-                    q_read = chunk.q_read()
-                    out.baddbmm_(q_read, state, alpha=plan.scale)
-                output[:, :, t0:t1] = out.unflatten(1, scores.shape[1:3])
-                if key_sum is not None:
-                    key_weight = scores.sum(-1)  # (X, R, C)
-                    if not is_empty:
-                        read = torch.bmm(q_read, key_sum[..., None]).view_as(key_weight)
-                        key_weight.add_(read, alpha=plan.scale)
-                    weight[:, :, t0:t1] = key_weight
-                if plan.need_final or t1 < start + length:
-                    chunk.write(state, key_sum)
-        ctx.save_for_backward(q, k, v, g, memory, normalizer, final_memory, final_normalizer)
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        *tensors, plan = arguments
+        results = _attend(*tensors, plan=plan)
+        ctx.save_for_backward(*tensors, *results[2:])
         ctx.set_materialize_grads(False)
         ctx.plan = plan
-        return output, weight, final_memory, final_normalizer
+        return results
 
     @staticmethod
     @backward_without_autocast
-    def backward(
-        ctx: Any,
-        d_output: Tensor | None,
-        d_weight: Tensor | None,
-        d_final_memory: Tensor | None,
-        d_final_normalizer: Tensor | None,
-    ) -> tuple[Any, ...]:
-        q, k, v, g, memory, normalizer, final_memory, final_normalizer = ctx.saved_tensors
-        plan: _Plan = ctx.plan
-        acc = final_memory.dtype
-        if d_output is None:
-            d_output = q.new_zeros(*q.shape[:3], v.shape[2], dtype=acc)
-        if not plan.normalize:
-            d_weight = None
-        elif d_weight is None:
-            d_weight = q.new_zeros(q.shape[:3], dtype=acc)
-        dq, dk, dv = (torch.zeros_like(x, dtype=acc) for x in (q, k, v))
-        d_total = None if g is None else torch.zeros_like(g, dtype=acc)  # gradients of the running log-decays
-        d_memory = torch.zeros_like(final_memory) if d_final_memory is None else d_final_memory.clone()
-        d_normalizer = torch.zeros_like(final_normalizer)
-        if d_final_normalizer is not None:
-            d_normalizer.copy_(d_final_normalizer)
-        has_final = d_final_memory is not None or d_final_normalizer is not None
-        states, key_sums = _start(k, v, memory, normalizer, plan)
-        for m, (start, length) in enumerate(plan.segments):
-            bounds = list(plan.chunks(start, length))
-            state, key_sum = states[m], key_sums[m] if plan.normalize else None
-            # Forward over the states: gradients of the queries that read them.
-            reads: list[Tensor | None] = []
-            for t0, t1 in bounds:
-                if memory is None and t0 == start:
-                    reads.append(None)
-                    if len(bounds) > 1:
-                        _Chunk(q, k, v, g, t0, t1, plan.scale).write(state, key_sum)
-                    continue
-                chunk = _Chunk(q, k, v, g, t0, t1, plan.scale)
-                grad = torch.bmm(d_output[:, :, t0:t1].flatten(1, 2), state.transpose(1, 2))
-                grad = grad.view_as(chunk.grouped)  # (X, R, C, K)
-                if key_sum is not None and d_weight is not None:
-                    grad.addcmul_(d_weight[:, :, t0:t1, None], key_sum[:, None, None])
-                grad.mul_(plan.scale if chunk.decay is None else chunk.decay.read * plan.scale)
-                dq[:, :, t0:t1] = grad
-                if d_total is not None:
-                    per_token = (grad * chunk.grouped).sum((1, 3))  # (X, C)
-                    d_total[:, t0:t1] += per_token
-                    reads.append(per_token.sum(-1))
-                else:
-                    reads.append(None)
-                if t1 < start + length:
-                    chunk.write(state, key_sum)
-            # Backward over their gradients: everything else. `overlap` is <dS, S> after the chunk.
-            d_state, d_key_sum = d_memory[m], d_normalizer[m] if plan.normalize else None
-            overlap = None
-            if d_total is not None:
-                overlap = (d_state * final_memory[m]).sum((1, 2))  # (X,)
-                if d_key_sum is not None:
-                    overlap = overlap + (d_key_sum * final_normalizer[m]).sum(1)
-            for i, (t0, t1) in reversed(list(enumerate(bounds))):
-                chunk = _Chunk(q, k, v, g, t0, t1, plan.scale)
-                scores = chunk.scores()
-                d_out = d_output[:, :, t0:t1].flatten(1, 2)  # (X, R C, V)
-                d_scores = torch.bmm(d_out, chunk.v.transpose(1, 2)).view_as(scores)
-                if d_weight is not None:
-                    d_scores.add_(d_weight[:, :, t0:t1, None])
-                if d_total is not None:
-                    pairs = (d_scores * scores).sum(1)  # (X, C, C)
-                    d_total[:, t0:t1] += pairs.sum(2) - pairs.sum(1)
-                d_scores.tril_()
-                if chunk.decay is not None:
-                    d_scores.mul_(chunk.decay.inside)
-                d_flat = d_scores.flatten(1, 2)  # (X, R C, C)
-                grad_q = torch.baddbmm(chunk.q, d_flat, chunk.k, beta=0, alpha=plan.scale)
-                dq[:, :, t0:t1] += grad_q.view_as(chunk.grouped)
-                grad_k = torch.baddbmm(chunk.k, d_flat.transpose(1, 2), chunk.q, beta=0, alpha=plan.scale)
-                grad_v = torch.bmm(scores.flatten(1, 2).transpose(1, 2), d_out)
-                written = None
-                if has_final or i < len(bounds) - 1:
-                    k_write = chunk.k if chunk.decay is None else chunk.k * chunk.decay.write
-                    grad_v.baddbmm_(k_write, d_state)
-                    grad_write = torch.bmm(chunk.v, d_state.transpose(1, 2))  # (X, C, K)
-                    if d_key_sum is not None:
-                        grad_write.add_(d_key_sum[:, None])
-                    if chunk.decay is not None:
-                        grad_write.mul_(chunk.decay.write)
-                    if d_total is not None:
-                        written = (grad_write * chunk.k).sum(2)  # (X, C)
-                        d_total[:, t0:t1] -= written
-                    grad_k.add_(grad_write)
-                dk[:, t0:t1], dv[:, t0:t1] = grad_k, grad_v
-                if d_total is not None and overlap is not None:
-                    d_total[:, t1 - 1] += overlap
-                    if written is not None:
-                        overlap = overlap - written.sum(1)
-                    if reads[i] is not None:
-                        overlap = overlap + reads[i]
-                if i > 0 or memory is not None:
-                    q_read = chunk.q_read()
-                    if chunk.decay is not None:
-                        d_state.mul_(chunk.decay.whole)
-                    d_state.baddbmm_(q_read.transpose(1, 2), d_out, alpha=plan.scale)
-                    if d_key_sum is not None and d_weight is not None:
-                        if chunk.decay is not None:
-                            d_key_sum.mul_(chunk.decay.whole[..., 0])
-                        read = torch.bmm(d_weight[:, :, t0:t1].flatten(1)[:, None], q_read)[:, 0]
-                        d_key_sum.add_(read, alpha=plan.scale)
-                if d_total is not None:
-                    part = d_total[:, t0:t1]
-                    d_total[:, t0:t1] = part.flip(1).cumsum(1).flip(1)
-        return (
-            dq.to(q.dtype),
-            dk.to(k.dtype),
-            dv.to(v.dtype),
-            None if g is None or d_total is None else d_total.to(g.dtype),
-            None if memory is None else d_memory,
-            None if normalizer is None else d_normalizer,
-            None,
-        )
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        return *_attend_backward(*ctx.saved_tensors, *grads, plan=ctx.plan), None
+
+
+# Under torch.compile the loop over chunks is one opaque operation: unrolled it would take minutes to compile.
+# In eager mode it stays visible, to the FLOP counter for one.
+_PLAN_SCHEMA = "SymInt[] segments, SymInt chunk_size, float scale, bool normalize, bool need_final"
+
+
+@torch.library.custom_op(
+    "memzoo::chunked_linear_attention",
+    mutates_args=(),
+    schema=f"(Tensor q, Tensor k, Tensor v, Tensor? g, Tensor? memory, Tensor? normalizer, {_PLAN_SCHEMA}) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+)
+def _attend_op(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _attend(*arguments[:6], plan=_Plan.from_numbers(*arguments[6:]))
+
+
+@_attend_op.register_fake
+def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _empty_results(*arguments[:3], plan=_Plan.from_numbers(*arguments[6:]))
+
+
+@torch.library.custom_op(
+    "memzoo::chunked_linear_attention_backward",
+    mutates_args=(),
+    schema="(Tensor q, Tensor k, Tensor v, Tensor? g, Tensor? memory, Tensor? normalizer, "
+    "Tensor final_memory, Tensor final_normalizer, Tensor d_output, Tensor d_weight, Tensor d_final_memory, "
+    f"Tensor d_final_normalizer, {_PLAN_SCHEMA}) -> Tensor[]",
+)
+def _attend_backward_op(*arguments: Any) -> list[Tensor]:
+    grads = _attend_backward(*arguments[:12], plan=_Plan.from_numbers(*arguments[12:]))
+    return [grad for grad in grads if grad is not None]
+
+
+@_attend_backward_op.register_fake
+def _(*arguments: Any) -> list[Tensor]:
+    return [torch.empty_like(x) for x in arguments[:6] if x is not None]
+
+
+def _save_for_op(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*inputs[:6], *output[2:])
+    ctx.plan = inputs[6:]
+
+
+def _op_backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    found = iter(_attend_backward_op(*ctx.saved_tensors, *grads, *ctx.plan))
+    return *(None if x is None else next(found) for x in ctx.saved_tensors[:6]), *(None for _ in ctx.plan)
+
+
+_attend_op.register_autograd(_op_backward, setup_context=_save_for_op)
+
+
+def _empty_results(q: Tensor, k: Tensor, v: Tensor, *, plan: _Plan) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    acc = torch.float64 if q.dtype == torch.float64 else torch.float32
+    shape = (len(plan.segments), k.shape[0], k.shape[2])
+    return (
+        q.new_empty(*q.shape[:3], v.shape[2], dtype=acc),
+        q.new_empty(q.shape[:3] if plan.normalize else 0, dtype=acc),
+        q.new_empty(*shape, v.shape[2], dtype=acc),
+        q.new_empty(shape if plan.normalize else 0, dtype=acc),
+    )
 
 
 def _start(
