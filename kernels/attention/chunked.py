@@ -369,8 +369,9 @@ class _TiledAttention(torch.autograd.Function):
     @staticmethod
     @backward_without_autocast
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        q, k, v = ctx.saved_tensors
         d_out, d_lse, d_max = grads
-        return *_attend_backward(*ctx.saved_tensors, d_out, d_lse, d_max, plan=ctx.plan), None
+        return *_attend_backward(q, k, v, d_out, d_lse, d_max, plan=ctx.plan), None
 
 
 # Under torch.compile the loop over tiles is one opaque operation: unrolled it would take minutes to compile.
