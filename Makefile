@@ -23,7 +23,7 @@ help:
 	@echo "make test        format, lint, types, import contract, wheel contents, tests, coverage"
 	@echo "make lint        the static half of make test"
 	@echo "make unit        the tests alone, without coverage; narrow them with ARGS='tests/unit -k name'"
-	@echo "make contract    the contract matrix with 200 splits per configuration instead of 25"
+	@echo "make contract    the contract matrix with 200 splits per configuration instead of 25; writes a record"
 	@echo "make bench       benchmarks, as JSON records in benchmarks/records/"
 	@echo "make gpu-check   kernels and layers on a CUDA device; uses PYTHON as it is, installs nothing"
 	@echo "make checkpoint  bring the SmolLM2-135M file into the cache (MEMZOO_CACHE, default ~/.cache/memzoo)"
@@ -60,7 +60,7 @@ unit: setup
 	$(TEST) --numprocesses $(WORKERS) --dist worksteal $(ARGS)
 
 contract: setup
-	MEMZOO_SPLITS=200 $(TEST) --numprocesses $(WORKERS) --dist worksteal tests/contract
+	MEMZOO_SPLITS=200 MEMZOO_CONTRACT_RECORD=benchmarks/records/contract.json $(TEST) --numprocesses $(WORKERS) --dist worksteal tests/contract
 
 bench: setup
 	$(RUN) benchmarks/run.py

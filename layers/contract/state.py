@@ -201,10 +201,6 @@ def _flatten(state: State) -> tuple[list[Any], list[str]]:
     return [getattr(state, name) for name in names], names
 
 
-def _unflatten(cls: type[State], leaves: Iterable[Any], names: Any) -> State:
-    return cls(**dict(zip(names, leaves, strict=True)))
-
-
 def _describe(state: State) -> dict[str, Any]:
     fields: dict[str, Any] = {}
     for field in dataclasses.fields(state):

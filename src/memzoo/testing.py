@@ -236,6 +236,11 @@ def check_streaming(subject: Subject, *, splits: int = 25, seed: int = 0) -> flo
                 length = int(torch.randint(1, 201, (), generator=generator))
             x, streams = subject.inputs(2, length), subject.streams(2, length)
             whole = subject.mixer(x, streams=streams, return_state=True)
+            narrow = [name for name, t in _float_tensors(whole.state) if t.dtype != subject.dtype]
+            if narrow:
+                raise ContractError(
+                    f"streaming: the state keeps {narrow} in another precision than {subject.dtype}"
+                )
             places = subject.cuts(streams, length)
             if index == 0:
                 cuts = places  # token by token
