@@ -1,13 +1,11 @@
 """Writes the largest error of every mixer and check to the file that MEMZOO_CONTRACT_RECORD names."""
 
-import json
 import os
-import platform
 import time
-from pathlib import Path
 
 import pytest
-import torch
+
+from memzoo.records import write_record
 
 _START = pytest.StashKey[float]()
 
@@ -16,7 +14,7 @@ def pytest_configure(config):
     config.stash[_START] = time.monotonic()
 
 
-def pytest_terminal_summary(terminalreporter, exitstatus, config):
+def pytest_terminal_summary(terminalreporter, config):
     target = os.environ.get("MEMZOO_CONTRACT_RECORD")
     errors: dict[str, dict[str, float]] = {}
     failed = []
@@ -26,31 +24,29 @@ def pytest_terminal_summary(terminalreporter, exitstatus, config):
                 continue
             if outcome == "failed":
                 failed.append(report.nodeid.split("::")[-1])
-            for name, value in report.user_properties:
-                if name == "contract":
-                    subject, check = _split_id(value[0])
-                    errors.setdefault(subject, {})[check] = value[1]
+            for subject, check, error in (
+                value for key, value in report.user_properties if key == "contract"
+            ):
+                errors.setdefault(subject, {})[check] = error
     if not target or not errors:
         return
-    record = {
-        "command": "make contract",
-        "splits": int(os.environ.get("MEMZOO_SPLITS", "25")),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-        "date": time.strftime("%Y-%m-%d"),
-        "seconds": round(time.monotonic() - config.stash[_START], 1),
-        "failed": sorted(failed),
-        "largest_error": {subject: dict(sorted(errors[subject].items())) for subject in sorted(errors)},
-    }
-    path = Path(target)
-    temporary = path.with_suffix(".partial")
-    temporary.write_text(json.dumps(record, indent=1) + "\n")
-    temporary.replace(path)
-    terminalreporter.write_line(f"contract record: {path}")
-
-
-def _split_id(name: str) -> tuple[str, str]:
-    """'based-0-streaming-float64' -> ('based-0', 'streaming-float64')."""
-    mixer, index, check = name.split("-", 2)
-    return f"{mixer}-{index}", check
+    largest: dict[str, float] = {}
+    for found in errors.values():
+        for check, error in found.items():
+            largest[check] = max(error, largest.get(check, 0.0))
+    path = write_record(
+        target,
+        name="contract",
+        command="make contract",
+        config={
+            "splits": int(os.environ.get("MEMZOO_SPLITS", "25")),
+            "processes": config.option.numprocesses,
+        },
+        results={
+            "seconds": round(time.monotonic() - config.stash[_START], 1),
+            "failed": sorted(failed),
+            "largest_error_by_check": dict(sorted(largest.items())),
+            "error_by_mixer": {subject: dict(sorted(errors[subject].items())) for subject in sorted(errors)},
+        },
+    )
+    terminalreporter.write_line(f"record of the contract: {path}")

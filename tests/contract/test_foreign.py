@@ -1,5 +1,6 @@
-"""`memzoo.testing` on a mixer that nobody registered, from a plain script; and the example of docs/contract.md."""
+"""`memzoo.testing` on a mixer that nobody registered, and the example of docs/contract.md."""
 
+import os
 import re
 import subprocess
 import sys
@@ -49,6 +50,9 @@ def test_the_example_of_the_documentation_keeps_the_contract(tmp_path):
     (example,) = re.findall(r"```python\n(\"\"\"Decayed.*?)```", text, flags=re.S)
     script = tmp_path / "decay_memory.py"
     script.write_text(example)
-    run = subprocess.run([sys.executable, script], capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    source = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    run = subprocess.run(
+        [sys.executable, script], capture_output=True, text=True, cwd=tmp_path, env=source, timeout=300
+    )
     assert run.returncode == 0, run.stderr
     assert "streaming-float64" in run.stdout

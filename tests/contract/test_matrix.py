@@ -52,7 +52,8 @@ def test_contract(build, check, record_property, request):
     torch.manual_seed(0)
     error = contract_checks(build())[check]()
     # conftest.py gathers these into the record of `make contract`
-    record_property("contract", [request.node.callspec.id, error])
+    subject = request.node.callspec.id.removesuffix(f"-{check}")
+    record_property("contract", [subject, check, error])
 
 
 def test_every_mixer_has_two_unequal_small_configs():

@@ -11,7 +11,7 @@ import torch
 middle = time.perf_counter()
 import memzoo.layers
 end = time.perf_counter()
-heavy = [name for name in ("lightning", "pytorch_lightning", "transformers", "datasets", "peft") if name in sys.modules]
+heavy = [name for name in ("lightning", "transformers", "datasets", "peft") if name in sys.modules]
 print(json.dumps({"torch": middle - start, "layers": end - middle, "heavy": heavy}))
 """
 
