@@ -26,21 +26,19 @@ from torch import Tensor
 
 from ..layers.contract import suggest
 from ..models.checkpoints.folder import load_model
-from ..models.config import ModelConfig
 from ..models.conversion import ParityReport, check_parity, convert_mixers
 from ..models.decoder import MemoryLM
 from ..models.hf import save_model
 from ..records import write_record
 from .callbacks import TrainingProgress
+from .comparison import Row, comparison_results, comparison_table
 from .data.batches import TokenBatch
 from .data.text import TextDataModule, encode_documents
 from .data.texts import load_text
 from .data.tokenizers import load_tokenizer
 from .distillation import AlignmentModule, DistillModule, lora_size, low_rank_updates
-from .evaluate import PositionLosses, position_losses
-from .inspection import align_columns, inspect_model
+from .evaluate import position_losses
 from .optim import OptimizerConfig
-from .statistics import paired_difference
 
 logger = logging.getLogger(__name__)
 
@@ -338,23 +336,6 @@ def convert(
     return comparison_table(rows)
 
 
-@dataclass
-class Row:
-    """One line of a comparison.
-
-    Attributes:
-        name: what was measured.
-        config: of the model, for its state bytes.
-        losses: per book.
-        num_trained: trainable numbers that were tuned, 0 for none.
-    """
-
-    name: str
-    config: ModelConfig
-    losses: dict[str, PositionLosses]
-    num_trained: int = 0
-
-
 def convert_and_compare(
     teacher: MemoryLM,
     tokenizer: str,
@@ -416,59 +397,6 @@ def convert_and_compare(
     return rows, hybrid, control
 
 
-def comparison_results(rows: Sequence[Row]) -> dict[str, Any]:
-    """Plain data: every row with its losses, and the paired differences between rows, per book and over all
-    books.
-    """
-    by_name = {row.name: row for row in rows}
-    results: dict[str, Any] = {
-        "rows": {
-            row.name: {
-                "num_trained": row.num_trained,
-                "state_num_bytes": {str(n): state_bytes(row.config, n) for n in (1024, 32_768, 1_000_000)},
-                "books": {book: losses.to_dict() for book, losses in row.losses.items()},
-            }
-            for row in rows
-        }
-    }
-    control = next((row for row in rows if row.name.startswith("control")), None)
-    pairs = {"branch off - hybrid": ("hybrid, memory branch off", "hybrid")}
-    if control is not None:
-        pairs["control - hybrid"] = (control.name, "hybrid")
-    results["differences"] = {
-        label: _paired(by_name[left], by_name[right]) for label, (left, right) in pairs.items()
-    }
-    return results
-
-
-def comparison_table(rows: Sequence[Row]) -> str:
-    """The rows as text: perplexity per book, state bytes at three lengths, trained parameters; then the
-    differences.
-    """
-    books = list(rows[0].losses)
-    table: list[tuple[str, ...]] = [
-        ("model", *books, "state 1k", "state 32k", "state 1M", "trained"),
-    ]
-    for row in rows:
-        table.append(
-            (
-                row.name,
-                *(f"{row.losses[book].perplexity:.2f}" for book in books),
-                *(readable_bytes(state_bytes(row.config, n)) for n in (1024, 32_768, 1_000_000)),
-                f"{row.num_trained:,}" if row.num_trained else "-",
-            )
-        )
-    lines = [align_columns(table, num_left=1)]
-    if books:
-        for label, found in comparison_results(rows)["differences"].items():
-            for book, pair in found.items():
-                lines.append(
-                    f"{label}, {book}: {pair['mean']:+.4f} nats per token over {pair['num_pairs']} windows, "
-                    f"{pair['confidence']:.0%} interval [{pair['t_low']:+.4f}, {pair['t_high']:+.4f}]"
-                )
-    return "\n".join(lines)
-
-
 @contextmanager
 def memory_off(model: MemoryLM) -> Iterator[None]:
     """Leaves the memory branch out of every mixer that has one; windows and sinks go on.
@@ -515,31 +443,3 @@ def book_tokens(tokenizer: Any, name: str) -> Tensor:
     """Ids (L,) of the first document of a bundled text."""
     (ids,) = encode_documents(tokenizer, [load_text(name)[0].text])
     return torch.from_numpy(ids)
-
-
-def state_bytes(config: ModelConfig, num_tokens: int) -> int:
-    """Bytes of the memory of one sequence after `num_tokens` tokens, activations in bfloat16."""
-    return inspect_model(config, num_tokens, dtype=torch.bfloat16)[-1].state_num_bytes
-
-
-def readable_bytes(count: int) -> str:
-    """1,536 -> "1.5 kB"; decimal units."""
-    value, unit = float(count), "B"
-    for unit in ("B", "kB", "MB", "GB"):
-        if value < 1000 or unit == "GB":
-            break
-        value /= 1000
-    return f"{value:.4g} {unit}"
-
-
-def _paired(left: Row, right: Row) -> dict[str, dict[str, float]]:
-    found = {
-        book: paired_difference(left.losses[book].window_losses, right.losses[book].window_losses).to_dict()
-        for book in left.losses
-    }
-    if len(found) > 1:
-        both = [
-            [loss for book in row.losses.values() for loss in book.window_losses] for row in (left, right)
-        ]
-        found["all books"] = paired_difference(*both).to_dict()
-    return found

@@ -27,24 +27,13 @@ from ..models.checkpoints.folder import load_model
 from ..models.decoder import MemoryLM
 from ..models.hf import save_model
 from ..records import write_record, write_text_atomically
-from .convert import (
-    Conversion,
-    Row,
-    book_tokens,
-    comparison_results,
-    comparison_table,
-    convert_and_compare,
-    read_recipe,
-    readable_bytes,
-    recipe_dict,
-    state_bytes,
-)
+from .comparison import LENGTHS, Row, comparison_results, comparison_table, readable_bytes, state_bytes
+from .convert import Conversion, book_tokens, convert_and_compare, read_recipe, recipe_dict
 from .data.tokenizers import load_tokenizer
 
 logger = logging.getLogger(__name__)
 
 BOOKS = ("moby_dick", "emma")
-LENGTHS = (1024, 32_768, 1_000_000)
 
 
 def run_demo(output: str = "demo_output", recipe: str = "demo", num_windows: int = 8) -> str:

@@ -1,4 +1,4 @@
-"""The Python examples of the README run as they stand; the conversion one is checked against the real signatures."""
+"""The Python examples of the README: one runs as it stands, the other names what exists."""
 
 from __future__ import annotations
 
