@@ -18,8 +18,6 @@ from .types import AttentionOutput, KVPrefix
 # Dimensions: B batch, T tokens, N sequences, P prefix slots, S key slots, H query heads, G query heads per
 # key head, D key width, E value width, R rows of heads (B * Hkv), C queries of a tile, J keys of a tile
 
-_TILE_ELEMENTS = 1 << 20
-
 
 class _Segment(NamedTuple):
     """One sequence (or all equal rows of a dense batch): where its queries and keys lie."""
@@ -78,7 +76,8 @@ def attention_torch(
         keys, values, segments = lay_out_ragged(k, v, lengths, seen, num_sinks, prefix)
     else:
         keys, values, segments = lay_out_dense(k, v, seen[0] if seen else 0, num_sinks, prefix)
-    tiles = _make_tiles(segments, num_heads // num_kv_heads, window_size, window_grid, num_sinks)
+    limits = _tile_limits(window_size, q.device.type == "cpu")
+    tiles = _make_tiles(segments, num_heads // num_kv_heads, window_size, window_grid, num_sinks, limits)
     if window_grid is not None:
         window_size = None  # a tile lies in one cell of the grid: every key it holds is young enough
     # (B, T, H, D) -> (R, G, T, D) and (B, S, Hkv, D) -> (R, S, D)
@@ -172,11 +171,15 @@ def lay_out_ragged(
     return gather(prefix.sink_k, prefix.k, k), gather(prefix.sink_v, prefix.v, v), segments
 
 
-def _queries_per_tile(window_size: int | None) -> int:
-    """Queries of a tile: few, so that little outside the window is computed, enough for fast matmuls."""
-    if window_size is None:
-        return 256
-    return 64 if window_size <= 256 else 128
+def _tile_limits(window_size: int | None, on_cpu: bool) -> tuple[int, int]:
+    """Queries and scores of a tile.
+
+    Few queries waste little outside the window, many make fast matmuls; on the CPU (measured) the scores also
+    have to stay in the cache, elsewhere a tile should be worth its launches.
+    """
+    if on_cpu:
+        return (256 if window_size is None else 64 if window_size <= 256 else 128), 1 << 20
+    return (1024 if window_size is None else 256 if window_size <= 256 else 512), 1 << 26
 
 
 def _make_tiles(
@@ -185,9 +188,10 @@ def _make_tiles(
     window_size: int | None,
     window_grid: int | None,
     num_sinks: int,
+    limits: tuple[int, int],
 ) -> tuple[_Tile, ...]:
     tiles = []
-    block = _queries_per_tile(window_size)
+    block, max_scores = limits
     for segment in segments:
         for t0, t1 in _cut_queries(segment, block, window_grid):
             start = segment.first_position
@@ -200,7 +204,7 @@ def _make_tiles(
             slot_of_zero = segment.key_start + segment.num_sinks - segment.first_position
             k0, k1 = slot_of_zero + start, slot_of_zero + segment.num_seen + t1
             area = num_groups * (t1 - t0) * (num_cols + k1 - k0)
-            rows = max(1, _TILE_ELEMENTS // area)
+            rows = max(1, max_scores // area)
             for r0 in range(0, segment.rows, rows):
                 tiles.append(
                     _Tile(

@@ -7,6 +7,7 @@ from ..backend import choose_backend
 from ..checks import check_dtypes, check_rank
 from ..layout import sequence_lengths
 from .chunked import linear_attention_torch
+from .external import can_run_fla, linear_attention_fla
 from .reference import linear_attention_reference
 from .types import LinearState
 
@@ -94,7 +95,8 @@ def linear_attention(
     if initial_state is not None:
         _check_state(initial_state, k, v, len(lengths), acc, normalize)
     scale = q.shape[3] ** -0.5 if scale is None else scale
-    chosen = choose_backend("linear_attention", backend, ("torch",))
+    eligible = ("fla", "torch") if can_run_fla(q, k, v, normalize) else ("torch",)
+    chosen = choose_backend("linear_attention", backend, eligible)
     # sums stay in the accumulation dtype: autocast must not round the matmuls that make them
     with torch.autocast(q.device.type, enabled=False):
         if chosen == "reference":
@@ -102,6 +104,17 @@ def linear_attention(
                 q, k, v, g, lengths, normalize=normalize, scale=scale, eps=eps, initial_state=initial_state
             )
             return output, state if return_state else None
+        if chosen == "fla":
+            return linear_attention_fla(
+                q,
+                k,
+                v,
+                g,
+                scale=scale,
+                initial_state=initial_state,
+                return_state=return_state,
+                cu_seqlens=cu_seqlens,
+            )
         return linear_attention_torch(
             q,
             k,

@@ -293,9 +293,8 @@ def test_gradcheck() -> None:
 def test_tiles_of_any_size_agree(monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = heads(18, 3, 40)
     expected = run(attention(*inputs, window_size=9, num_sinks=2, return_stats=True), inputs)
-    for block, elements in ((1, 1), (7, 200), (40, 1 << 20)):
-        monkeypatch.setattr(chunked, "_queries_per_tile", lambda window_size, block=block: block)
-        monkeypatch.setattr(chunked, "_TILE_ELEMENTS", elements)
+    for limits in ((1, 1), (7, 200), (40, 1 << 20)):
+        monkeypatch.setattr(chunked, "_tile_limits", lambda window_size, on_cpu, limits=limits: limits)
         compare(
             run(attention(*inputs, window_size=9, num_sinks=2, return_stats=True), inputs), expected, 1e-12
         )
