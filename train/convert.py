@@ -23,8 +23,10 @@ import torch
 import yaml
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from torch import Tensor
+from tqdm import tqdm
 
 from ..layers.contract import suggest
+from ..models.checkpoints.fetch import fetch_smollm2
 from ..models.checkpoints.folder import load_model
 from ..models.conversion import ParityReport, check_parity, convert_mixers
 from ..models.decoder import MemoryLM
@@ -303,7 +305,7 @@ def convert(
     """Convert a pretrained model into a memory hybrid, tune it, and measure it beside its controls.
 
     Args:
-        source: folder of a Llama-style model, or a .gguf file.
+        source: folder of a Llama-style model, a .gguf file, or "smollm2-135m" (fetched once into the cache).
         output: folder for the results: `hybrid/` (and `control/`) as Hugging Face folders, `report.json`.
         recipe: name of a shipped recipe (configs/convert) or a YAML file.
         control: also train the control, a window with the same sinks, budget, tokens and seed but no memory.
@@ -317,6 +319,8 @@ def convert(
     chosen = read_recipe(recipe, seed=seed, align_steps=align_steps, tune_steps=tune_steps)
     folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)
+    if source == "smollm2-135m":
+        source = str(fetch_smollm2())
     teacher = load_model(source).eval()
     tokenizer = load_tokenizer(source)
     rows, hybrid, trained = convert_and_compare(
@@ -364,12 +368,19 @@ def convert_and_compare(
 
     def measure(name: str, model: MemoryLM, num_trained: int = 0) -> None:
         low = copy.deepcopy(model).to(torch.bfloat16).eval()
-        losses = {
-            book: position_losses(
-                low, ids, window_size=window_size, num_windows=num_windows, first_token=first_token
-            )
-            for book, ids in tokens.items()
-        }
+        losses = {}
+        with tqdm(
+            desc=name, unit="window", total=num_windows * len(tokens), disable=not progress, leave=False
+        ) as line:
+            for book, ids in tokens.items():
+                losses[book] = position_losses(
+                    low,
+                    ids,
+                    window_size=window_size,
+                    num_windows=num_windows,
+                    first_token=first_token,
+                    on_window=lambda done, total: line.update(),
+                )
         rows.append(Row(name, model.config, losses, num_trained))
         if losses:
             logger.info("%s: perplexity %s", name, {b: round(x.perplexity, 2) for b, x in losses.items()})

@@ -51,7 +51,7 @@ def convert(
     """Converts a pretrained model into a memory hybrid and measures it; see `memzoo.train.convert.convert`.
 
     Args:
-        source: folder of a Llama-style model, or a .gguf file.
+        source: folder of a Llama-style model, a .gguf file, or "smollm2-135m" (fetched once into the cache).
         output: folder for `hybrid/`, `control/` and `report.json`.
         recipe: a shipped recipe or a YAML file.
         options: further arguments of `memzoo.train.convert.convert`.
