@@ -23,7 +23,7 @@ import torch
 import yaml
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from torch import Tensor
-from tqdm import tqdm
+from tqdm import tqdm  # type: ignore[import-untyped]
 
 from ..layers.contract import suggest
 from ..models.checkpoints.fetch import fetch_smollm2
