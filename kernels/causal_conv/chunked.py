@@ -22,10 +22,11 @@ def causal_conv_torch(
     if lengths is None:
         padded = torch.cat([tail, x], 1)  # (B, K - 1 + T, D)
         y = _shifted_sum(padded, weight, x.shape[1], acc)
-        new_tail = padded[:, padded.shape[1] - num_before :]
+        new_tail = padded[:, padded.shape[1] - num_before :].clone()  # a view would keep the whole row alive
     else:
         # Every sequence with its tail in front; the outputs that start inside the next tail are dropped.
-        rows = [part for n, own in enumerate(x[0].split(list(lengths))) for part in (tail[n], own)]
+        own = zip(tail.unbind(0), x[0].split(list(lengths)), strict=True)
+        rows = [part for pair in own for part in pair]
         padded = torch.cat(rows)[None]  # (1, L + N (K - 1), D)
         full = _shifted_sum(padded, weight, max(0, padded.shape[1] - num_before), acc)
         starts, ends, start = [], [], 0

@@ -128,8 +128,8 @@ class _Decay(NamedTuple):
 
 def _decay(g: Tensor) -> _Decay:
     """Factors from the log-decays (X, C) of a chunk."""
-    total = g.cumsum(-1)
     floor = -700.0 if g.dtype == torch.float64 else -60.0
+    total = g.clamp(min=floor).cumsum(-1)
     return _Decay(
         (total[:, :, None] - total[:, None, :]).clamp(floor, 0).exp_()[:, None],
         total.clamp(floor, 0).exp_()[:, None, :, None],

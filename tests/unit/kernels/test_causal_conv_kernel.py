@@ -88,6 +88,13 @@ def test_a_short_sequence_shifts_its_tail() -> None:
     assert last.flatten().tolist() == [0.0, 1.0, 2.0]
 
 
+def test_the_tail_does_not_keep_the_row_alive() -> None:
+    x, weight, _, _ = tensors(1, 12, 4, 1)
+    for cu_seqlens in (None, torch.tensor([0, 12])):
+        _, tail = causal_conv(x, weight, cu_seqlens=cu_seqlens)
+        assert tail.untyped_storage().nbytes() == tail.numel() * tail.element_size()
+
+
 def test_nothing_passes_a_boundary_or_back_in_time() -> None:
     x, weight, bias, _ = tensors(1, 12, 4, 1, torch.float32)
     y, _ = causal_conv(x, weight, bias, cu_seqlens=torch.tensor([0, 5, 12]))

@@ -243,6 +243,15 @@ def test_strong_decay_neither_overflows_nor_loses_the_gradient(dtype: torch.dtyp
     compare(*results, 1e-9 if dtype == torch.float64 else 1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_log_decay_of_minus_infinity_forgets_everything(dtype: torch.dtype) -> None:
+    case = Case(19, 2, 20, decay_heads=2, normalize=True, num_states=2, dtype=dtype)
+    with torch.no_grad():
+        case.tensors["g"][:, [0, 9, 10]] = -torch.inf
+    results = [case.with_gradients(case.call(name)) for name in ("torch", "reference")]
+    compare(*results, 1e-9 if dtype == torch.float64 else 1e-4)
+
+
 def test_constant_decay_is_exact_over_many_chunks() -> None:
     case = Case(11, 1, 400, decay_heads=2)
     with torch.no_grad():

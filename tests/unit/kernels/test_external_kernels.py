@@ -1,0 +1,171 @@
+"""The way to and from the field's own kernels, with stand-ins that do the same on the CPU.
+
+What a stand-in cannot show, the kernels themselves, is left to the check on a GPU.
+"""
+
+import sys
+import types
+
+import pytest
+import torch
+from torch import Tensor
+
+from memzoo.kernels import KVPrefix, LinearState, attention, linear_attention
+from memzoo.kernels.attention.external import attention_flash_attn, can_run_flash_attn
+from memzoo.kernels.linear_attention.external import can_run_fla, linear_attention_fla
+from memzoo.testing import assert_close
+
+
+def flash_attn_func(
+    q: Tensor, k: Tensor, v: Tensor, *, softmax_scale: float, causal: bool, window_size: tuple[int, int]
+) -> Tensor:
+    """(B, T, H, D) against (B, S, Hkv, D), aligned at the end: what flash-attn documents."""
+    assert causal
+    distance = torch.arange(q.shape[1])[:, None] + k.shape[1] - q.shape[1] - torch.arange(k.shape[1])
+    visible = distance >= 0
+    if window_size != (-1, -1):
+        assert window_size[1] == 0
+        visible &= distance <= window_size[0]
+    k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], dim=2) for x in (k, v))
+    logits = torch.einsum("bihd,bjhd->bhij", q, k) * softmax_scale
+    return torch.einsum("bhij,bjhe->bihe", logits.masked_fill(~visible, -torch.inf).softmax(-1), v)
+
+
+def flash_attn_varlen_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    **options: object,
+) -> Tensor:
+    assert cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32
+    starts = [x.tolist() for x in (cu_seqlens_q, cu_seqlens_k)]
+    assert starts[0][-1] == len(q)
+    assert starts[1][-1] == len(k)
+    outputs = []
+    for n in range(len(cu_seqlens_q) - 1):
+        (q0, q1), (k0, k1) = ((s[n], s[n + 1]) for s in starts)
+        assert q1 - q0 <= max_seqlen_q
+        assert k1 - k0 <= max_seqlen_k
+        outputs.append(flash_attn_func(q[None, q0:q1], k[None, k0:k1], v[None, k0:k1], **options)[0])
+    return torch.cat(outputs)
+
+
+@pytest.fixture
+def flash_attn(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = types.ModuleType("flash_attn")
+    module.flash_attn_func = flash_attn_func
+    module.flash_attn_varlen_func = flash_attn_varlen_func
+    monkeypatch.setitem(sys.modules, "flash_attn", module)
+
+
+def heads(rows: int, num_tokens: int, seed: int = 0) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(rows, num_tokens, n, 4, generator=generator, dtype=torch.float64) for n in (4, 2, 2)]
+
+
+@pytest.mark.usefixtures("flash_attn")
+@pytest.mark.parametrize("window_size", [None, 3])
+@pytest.mark.parametrize("seen", [None, [5, 5], [2, 5], [0, 0]])
+@pytest.mark.parametrize("lengths", [None, (4, 0, 7)])
+def test_flash_attn_gets_the_right_keys(
+    window_size: int | None, seen: list[int] | None, lengths: tuple[int, ...] | None
+) -> None:
+    is_packed = lengths is not None
+    q, k, v = heads(1 if is_packed else 2, 11)
+    counts = (11, 11) if lengths is None else lengths
+    cu_seqlens = torch.tensor([0, *counts]).cumsum(0) if is_packed else None
+    prefix = None
+    if seen is not None:
+        seen = [*seen, 3] if is_packed else seen
+        _, past_k, past_v = heads(len(counts), 6, seed=1)
+        prefix = KVPrefix(past_k, past_v, torch.tensor(seen))
+    output = attention_flash_attn(
+        q, k, v, counts, window_size=window_size, prefix=prefix, is_packed=is_packed, scale=0.4
+    )
+    expected = attention(
+        q, k, v, window_size=window_size, prefix=prefix, cu_seqlens=cu_seqlens, scale=0.4, backend="reference"
+    ).output
+    assert_close("output", output, expected, 1e-12)
+
+
+def chunk_simple_gla(
+    *,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    scale: float,
+    initial_state: Tensor | None,
+    output_final_state: bool,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    output, state = linear_attention(
+        q,
+        k,
+        v,
+        g=None if g is None else g.to(q.dtype),
+        scale=scale,
+        initial_state=None if initial_state is None else LinearState(initial_state),
+        return_state=output_final_state,
+        cu_seqlens=cu_seqlens,
+        backend="reference",
+    )
+    return output, None if state is None else state.memory
+
+
+@pytest.mark.parametrize("with_state", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+def test_fla_gets_the_whole_call(monkeypatch: pytest.MonkeyPatch, with_state: bool, packed: bool) -> None:
+    module = types.ModuleType("fla.ops.simple_gla")
+    module.chunk_simple_gla = chunk_simple_gla
+    for name in ("fla", "fla.ops"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    monkeypatch.setitem(sys.modules, "fla.ops.simple_gla", module)
+    generator = torch.Generator().manual_seed(2)
+    q, k, v = (torch.randn(1 if packed else 2, 9, 2, n, generator=generator) for n in (4, 4, 3))
+    g = -torch.rand(*q.shape[:3], generator=generator)
+    memory = torch.randn(2, 2, 4, 3, generator=generator)
+    state = LinearState(memory) if with_state else None
+    cu_seqlens = torch.tensor([0, 5, 9]) if packed else None
+    for decay in (g, None):
+        output, final = linear_attention_fla(
+            q, k, v, decay, scale=0.3, initial_state=state, return_state=True, cu_seqlens=cu_seqlens
+        )
+        expected, expected_final = linear_attention(
+            q, k, v, g=decay, scale=0.3, initial_state=state, return_state=True, cu_seqlens=cu_seqlens
+        )
+        assert_close("output", output, expected, 1e-5)
+        assert_close("memory", final.memory, expected_final.memory, 1e-5)
+        without, nothing = linear_attention_fla(
+            q, k, v, decay, scale=0.3, initial_state=state, return_state=False, cu_seqlens=cu_seqlens
+        )
+        assert torch.equal(without, output)
+        assert nothing is None
+
+
+def test_neither_takes_tensors_of_the_cpu() -> None:
+    q, _, v = (x.bfloat16() for x in heads(1, 4))
+    assert not can_run_flash_attn(q, v)
+    assert not can_run_fla(q, q, q, normalize=False)
+
+
+class OnCuda(torch.Tensor):
+    """A tensor that says it is on CUDA."""
+
+    is_cuda = True
+
+
+def test_each_takes_what_it_covers() -> None:
+    q, k, v = (x.bfloat16().as_subclass(OnCuda) for x in heads(1, 4))
+    assert can_run_flash_attn(q, v)
+    assert not can_run_flash_attn(q.float(), v.float())
+    assert not can_run_flash_attn(q, v[..., :3])
+    assert not can_run_flash_attn(q[:, :0], v[:, :0])
+    assert can_run_fla(k, k, v, normalize=False)
+    assert not can_run_fla(k, k, v, normalize=True)
+    assert not can_run_fla(q, k, v, normalize=False)
+    assert not can_run_fla(k.float(), k.float(), v.float(), normalize=False)
