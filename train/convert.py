@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import copy
 import logging
+import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -317,13 +318,12 @@ def convert(
         accelerator: where to train, as Lightning names it.
     """
     chosen = read_recipe(recipe, seed=seed, align_steps=align_steps, tune_steps=tune_steps)
-    folder = Path(output)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = results_folder(output)
     if source == "smollm2-135m":
         source = str(fetch_smollm2())
     teacher = load_model(source).eval()
     tokenizer = load_tokenizer(source)
-    rows, hybrid, trained = convert_and_compare(
+    rows, hybrid, _ = convert_and_compare(
         teacher,
         source,
         chosen,
@@ -331,10 +331,9 @@ def convert(
         num_windows=num_windows,
         with_control=control,
         accelerator=accelerator,
+        # saved as soon as it is trained, so that a later failure loses nothing
+        on_trained=lambda name, conversion: save_model(conversion.model, folder / name, tokenizer),
     )
-    for name, conversion in (("hybrid", hybrid), ("control", trained)):
-        if conversion is not None:
-            save_model(conversion.model, folder / name, tokenizer=tokenizer)
     results = comparison_results(rows) | {"report": hybrid.report.to_dict()}
     write_record(folder / "report.json", name="convert", config=recipe_dict(chosen), results=results)
     return comparison_table(rows)
@@ -352,6 +351,7 @@ def convert_and_compare(
     with_control: bool = True,
     progress: bool = True,
     accelerator: str = "auto",
+    on_trained: Callable[[str, Conversion], None] = lambda name, conversion: None,
 ) -> tuple[list[Row], Conversion, Conversion | None]:
     """Converts by a recipe and measures teacher, windows, control and hybrid on the same windows, in
     bfloat16.
@@ -360,6 +360,7 @@ def convert_and_compare(
         tokenizer: folder or .gguf file of the tokenizer.
         tokens: book -> (L,) ids.
         num_windows, window_size, first_token: windows of each book, from `first_token` on.
+        on_trained: called with ("hybrid", ...) and ("control", ...) as soon as each is trained.
 
     Returns:
         the rows in the order of the table, the hybrid, and the control if one was trained.
@@ -396,6 +397,7 @@ def convert_and_compare(
     seed_everything(recipe.seed, verbose=False)
     measure("hybrid before training", convert_mixers(teacher, recipe.target, recipe.layers)[0])
     hybrid = run_recipe(teacher, tokenizer, recipe, progress=progress, accelerator=accelerator)
+    on_trained("hybrid", hybrid)
     measure("hybrid", hybrid.model, hybrid.num_trained)
     with memory_off(hybrid.model):
         measure("hybrid, memory branch off", hybrid.model, hybrid.num_trained)
@@ -404,8 +406,27 @@ def convert_and_compare(
         control = run_control(
             teacher, tokenizer, recipe, hybrid.num_trained, progress=progress, accelerator=accelerator
         )
+        on_trained("control", control)
         measure("control: window + sinks, same budget", control.model, control.num_trained)
     return rows, hybrid, control
+
+
+def results_folder(path: str) -> Path:
+    """Makes the folder for results before any work is done.
+
+    Raises:
+        ValueError: there is a file of that name, or the folder cannot be written.
+    """
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"results cannot be written to {path!r} ({error.strerror}). Name another folder."
+        ) from error
+    return folder
 
 
 @contextmanager

@@ -28,7 +28,14 @@ from ..models.decoder import MemoryLM
 from ..models.hf import save_model
 from ..records import write_record, write_text_atomically
 from .comparison import LENGTHS, Row, comparison_results, comparison_table, readable_bytes, state_bytes
-from .convert import Conversion, book_tokens, convert_and_compare, read_recipe, recipe_dict
+from .convert import (
+    Conversion,
+    book_tokens,
+    convert_and_compare,
+    read_recipe,
+    recipe_dict,
+    results_folder,
+)
 from .data.tokenizers import load_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -48,8 +55,7 @@ def run_demo(output: str = "demo_output", recipe: str = "demo", num_windows: int
         the table.
     """
     clock = time.monotonic()
-    folder = Path(output)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = results_folder(output)
     checkpoint = str(fetch_smollm2())
     teacher = load_model(checkpoint).eval()
     tokenizer = load_tokenizer(checkpoint)

@@ -1,0 +1,151 @@
+"""The conversion command from end to end, on a model of two small layers."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import memzoo
+import memzoo.models.hf
+from memzoo.cli import main
+from memzoo.models.config import ModelConfig
+from memzoo.models.decoder import MemoryLM
+from memzoo.models.hf import save_model
+from memzoo.train import convert as conversion
+from memzoo.train.convert import ConversionRecipe, memory_off, read_recipe, window_only
+from memzoo.train.data.tokenizers import load_tokenizer
+
+RECIPE = """
+target: {type: lolcats, window_size: 16, num_sinks: 2, feature_dim: 4}
+seq_len: 48
+align_steps: 3
+tune_steps: 3
+lora_rank: 2
+"""
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A byte-level teacher with its tokenizer, saved as a folder."""
+    folder = tmp_path_factory.mktemp("teacher")
+    tokenizer = load_tokenizer("bytes")
+    torch.manual_seed(0)
+    config = ModelConfig(
+        vocab_size=len(tokenizer),
+        d_model=16,
+        layers={"type": "attention"},
+        num_layers=2,
+        mixer_defaults={"num_heads": 2, "num_kv_heads": 1},
+        mlp={"type": "swiglu", "d_ff": 24},
+        tie_embeddings=True,
+    )
+    save_model(MemoryLM(config), folder, tokenizer)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def converted(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("converted")
+    recipe = output / "recipe.yaml"
+    recipe.write_text(RECIPE, encoding="utf-8")
+    arguments = ["--source", str(source), "--output", str(output), "--recipe", str(recipe)]
+    assert main(["convert", *arguments, "--num_windows", "2", "--accelerator", "cpu"]) == 0
+    return output
+
+
+def test_writes_both_models_and_a_report(converted: Path) -> None:
+    record = json.loads((converted / "report.json").read_text(encoding="utf-8"))
+    rows = record["results"]["rows"]
+    assert len(rows) == 7
+    for row in rows.values():
+        for book in ("moby_dick", "emma"):
+            assert math.isfinite(row["books"][book]["loss"])
+            assert row["books"][book]["num_windows"] == 2
+    differences = record["results"]["differences"]
+    assert set(differences) == {"control - hybrid", "branch off - hybrid"}
+    for found in differences.values():
+        assert found["all books"]["num_pairs"] == 4
+    hybrid, control = rows["hybrid"], rows["control: window + sinks, same budget"]
+    assert 0.7 < control["num_trained"] / hybrid["num_trained"] < 1.5  # a rank is a whole number
+    assert all(check["passed"] for check in record["results"]["report"]["checks"])
+    assert record["config"]["align_steps"] == 3
+
+
+def test_the_folders_load_everywhere(converted: Path) -> None:
+    ids = torch.randint(0, 250, (1, 30), generator=torch.Generator().manual_seed(0))
+    for name in ("hybrid", "control"):
+        ours = memzoo.load(converted / name)
+        other = AutoModelForCausalLM.from_pretrained(converted / name).eval()
+        with torch.no_grad():
+            assert torch.equal(ours(ids).logits, other(ids).logits)
+        assert other.generate(ids, max_new_tokens=4, do_sample=False).shape == (1, 34)
+
+
+def test_training_changed_what_it_should(source: Path, converted: Path) -> None:
+    teacher, hybrid = memzoo.load(source).state_dict(), memzoo.load(converted / "hybrid").state_dict()
+    for name, weight in teacher.items():
+        tuned = name.rpartition(".")[0].endswith(("q_proj", "k_proj", "v_proj", "o_proj"))
+        close = torch.allclose(weight, hybrid[name], atol=2e-2)  # the hybrid went through bfloat16
+        assert close or tuned, name
+        if tuned:
+            assert not torch.equal(weight.bfloat16(), hybrid[name].bfloat16()), name
+
+
+def test_memory_off_leaves_the_window(converted: Path) -> None:
+    hybrid = memzoo.load(converted / "hybrid")
+    ids = torch.randint(0, 250, (1, 40), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        on = hybrid(ids).logits
+        with memory_off(hybrid):
+            off = hybrid(ids).logits
+        torch.testing.assert_close(on[:, :16], off[:, :16], atol=1e-4, rtol=0)  # within the window
+        assert (on[:, 18:] - off[:, 18:]).abs().max() > 1e-4
+        assert torch.equal(hybrid(ids).logits, on)
+    with (
+        pytest.raises(ValueError, match="no mixer of this model has a memory"),
+        memory_off(memzoo.load(converted / "control")),
+    ):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("align_stepz: 3", "Did you mean 'align_steps'"),
+        ("- 1", "must hold a mapping"),
+        ("target: {window_size: 4}", "needs a type"),
+        ("seq_len: 0", "seq_len must be at least 1"),
+    ],
+)
+def test_refuses_a_bad_recipe(text: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=message):
+        read_recipe(str(path))
+
+
+def test_a_mistake_is_told_before_any_work(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(conversion, "convert_and_compare", lambda *args, **kwargs: pytest.fail("work began"))
+    for arguments, message in (
+        (["--source", str(source), "--output", str(tmp_path), "--recipe", "lolcat"], "convert/lolcats"),
+        (["--source", str(tmp_path / "nowhere"), "--output", str(tmp_path / "x")], "nowhere"),
+        (["--source", str(source), "--output", str(source / "config.json")], "config.json"),
+        (["--source", str(source), "--output", str(tmp_path), "--books", "[moby_duck]"], "moby_dick"),
+    ):
+        assert main(["convert", *arguments]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_shipped_recipes_are_valid() -> None:
+    for name in ("demo", "lolcats"):
+        recipe = read_recipe(name, seed=3)
+        assert isinstance(recipe, ConversionRecipe)
+        assert recipe.seed == 3
+        assert window_only(recipe.target)["num_sinks"] == recipe.target["num_sinks"]
