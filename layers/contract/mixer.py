@@ -79,7 +79,7 @@ class TokenMixer(nn.Module):
         """Mixes tokens in internal form.
 
         Args:
-            x: (B, T, M) dense or (1, L, M) packed, see `SequenceContext`.
+            x: (B, T, M) dense or (1, L, M) packed, see `SequenceContext`. At least one sequence.
             state: the incoming state, or None for an empty memory.
 
         Returns:
@@ -164,6 +164,8 @@ class TokenMixer(nn.Module):
             return_state=return_state,
             return_extras=return_extras,
         )
+        if ctx.batch_size == 0:
+            return self._no_sequences(x, ctx, state)
         out = self.mix(ctx.pack(x), ctx, state)
         extras = {name: ctx.unpack(value) for name, value in out.extras.items()}
         return LayerOutput(ctx.unpack(out.hidden), out.state, out.aux, extras)
@@ -192,7 +194,10 @@ class TokenMixer(nn.Module):
             return_state=True,
             in_place=donate,
         )
-        out = self.mix_step(x_t[:, None], ctx, state)
+        if ctx.batch_size == 0:
+            out = self._no_sequences(x_t[:, None], ctx, state)
+        else:
+            out = self.mix_step(x_t[:, None], ctx, state)
         if donate:
             state.poison()
         return LayerOutput(out.hidden.squeeze(1), out.state, out.aux, out.extras)
@@ -207,6 +212,12 @@ class TokenMixer(nn.Module):
         return ", ".join(
             f"{k}={v!r}" for k, v in self.config.to_dict().items() if not isinstance(v, (dict, list))
         )
+
+    def _no_sequences(self, x: Tensor, ctx: SequenceContext, state: Any) -> LayerOutput:
+        """The answer to a batch without rows, which no mixer has to think of."""
+        if state is None:
+            state = self.init_state(0, device=x.device, dtype=x.dtype)
+        return LayerOutput(torch.zeros_like(x), state.clone() if ctx.return_state else None)
 
     def _check_input(self, x: Tensor, rank: int, shape: str) -> None:
         if x.dim() != rank or x.shape[-1] != self.d_model:

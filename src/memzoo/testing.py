@@ -738,6 +738,17 @@ def check_tooling(subject: Subject) -> float:
             raise ContractError(f"tooling: T = 0 gives shape {tuple(nothing.hidden.shape)}")
         fresh = mixer.init_state(2, device=subject.device, dtype=subject.dtype)
         _assert_same_bits("tooling: T = 0 changes the state", nothing.state, fresh)
+        for rows, cu_seqlens in ((0, None), (1, torch.zeros(1, dtype=torch.int64))):
+            none = {n: s[:rows, : 3 - 3 * rows] for n, s in streams.items()}
+            out = mixer(
+                x[:rows, : 3 - 3 * rows],
+                fresh.select([]),
+                cu_seqlens=cu_seqlens,
+                streams=none,
+                return_state=True,
+            )
+            _assert_same_bits("tooling: a batch without rows", out.state, fresh.select([]))
+        mixer.step(x[:0, 0], fresh.select([]), streams=first_token({n: s[:0] for n, s in streams.items()}))
         if mixer.init_state(2, device="meta").batch_size != 2:
             raise ContractError("tooling: init_state on the meta device has another batch size")
 
