@@ -83,9 +83,7 @@ class FastWeights(TokenMixer):
         hidden = self.o_proj(ctx.merge(outputs).flatten(-2).to(x.dtype))
         new_state = None
         if ctx.return_state:
-            columns = [torch.stack(column) for column in zip(*rows, strict=True)] or [
-                state.weights, state.momentum, state.pending, state.pending_gate,
-            ]  # fmt: skip
+            columns = [torch.stack(column) for column in zip(*rows, strict=True)]
             new_state = FastWeightsState(
                 num_tokens=ctx.num_tokens_after,
                 weights=columns[0],

@@ -70,11 +70,10 @@ class SegmentMean(TokenMixer):
                     memory = torch.tanh(self.keep_proj(memory[None].to(x.dtype))[0].to(wide) + written)
             outputs.append(torch.cat(pieces) if pieces else tokens)
             memories.append(memory)
-        hidden = self.o_proj(ctx.merge(outputs) if outputs else x)
+        hidden = self.o_proj(ctx.merge(outputs))
         new_state = None
         if ctx.return_state:
-            memory = torch.stack(memories) if memories else state.memory
-            new_state = SegmentMeanState(num_tokens=ctx.num_tokens_after, memory=memory)
+            new_state = SegmentMeanState(num_tokens=ctx.num_tokens_after, memory=torch.stack(memories))
         return LayerOutput(hidden, new_state)
 
     def flops_per_token(self, num_tokens: int) -> int:
