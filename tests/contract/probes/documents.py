@@ -136,20 +136,15 @@ class Documents(TokenMixer):
                 out, scores, new = self._read_sequence(*part, old)
                 results.append((out, scores))
                 rows.append(new)
-            new_state = state
-            if rows:
-                growing = ("active_key", "active_value", "chunk", "open")
-                stacked = {
-                    name: stack_padded([row[name] for row in rows])
-                    if name.startswith(growing)
-                    else torch.stack([row[name] for row in rows])
-                    for name in rows[0]
-                }
-                new_state = DocumentsState(num_tokens=ctx.num_tokens_after, **stacked)
+            stacked = {}
+            for name in rows[0]:
+                is_growing = name.startswith(("active_", "chunk_", "open_"))
+                stacked[name] = (stack_padded if is_growing else torch.stack)([row[name] for row in rows])
+            new_state = DocumentsState(num_tokens=ctx.num_tokens_after, **stacked)
         outputs = [out for out, _ in results]
-        hidden = self.o_proj((ctx.merge(outputs) if outputs else q).flatten(-2))
+        hidden = self.o_proj(ctx.merge(outputs).flatten(-2))
         extras = {}
-        if ctx.return_extras and results:
+        if ctx.return_extras:
             extras = {"routing_scores": ctx.merge([scores for _, scores in results])}
         return LayerOutput(hidden, new_state if ctx.return_state else None, extras=extras)
 

@@ -107,14 +107,14 @@ class Eidetic(TokenMixer):
             outputs.append(out)
             rows.append(new)
             losses.append(loss)
-        hidden = self.o_proj(ctx.merge(outputs).flatten(-2)) if outputs else self.o_proj(q.flatten(-2))
+        hidden = self.o_proj(ctx.merge(outputs).flatten(-2))
         counts = torch.tensor(ctx.lengths, device=x.device, dtype=state.average.dtype)
-        aux = {"prediction": (torch.stack(losses), counts)} if losses else {}
+        aux = {"prediction": (torch.stack(losses), counts)}
         new_state = None
-        if ctx.return_state and rows:
+        if ctx.return_state:
             stacked = {name: stack_padded([new[name] for new in rows]) for name in rows[0]}
             new_state = EideticState(num_tokens=ctx.num_tokens_after, **stacked)
-        return LayerOutput(hidden, new_state if rows else state, aux)
+        return LayerOutput(hidden, new_state, aux)
 
     def _keys(self, x: Tensor) -> tuple[Tensor, Tensor]:
         heads = (self.config.num_heads, self.config.head_dim)

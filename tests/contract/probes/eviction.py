@@ -101,14 +101,12 @@ class RetentionBase(TokenMixer):
             )
             outputs.append(out)
             rows.append(kept)
-        hidden = self.o_proj((ctx.merge(outputs) if outputs else q).flatten(-2))
+        hidden = self.o_proj(ctx.merge(outputs).flatten(-2))
         new_state = None
         if ctx.return_state:
-            slots = self.slots(int(ctx.num_tokens_after.max()) if rows else 0)
+            slots = self.slots(int(ctx.num_tokens_after.max()))
             key, value, kept_retention, kept_order = (
-                [stack_padded(list(column), slots) for column in zip(*rows, strict=True)]
-                if rows
-                else (state.key, state.value, state.retention, state.order)
+                stack_padded(list(column), slots) for column in zip(*rows, strict=True)
             )
             new_state = RetentionState(
                 num_tokens=ctx.num_tokens_after,
