@@ -45,6 +45,12 @@ class State:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        known = State._types.get(cls.__name__, cls)
+        if (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise ValueError(
+                f"a state type named {cls.__name__!r} exists already, in {known.__module__}. Choose another "
+                "name: saved states are known by it."
+            )
         State._types[cls.__name__] = cls
 
         def rebuild(leaves: Iterable[Any], names: list[str]) -> State:
@@ -170,7 +176,7 @@ class State:
             )
         try:
             state = _rebuild(json.loads(metadata["memzoo_state"]), tensors, "")
-        except (KeyError, TypeError, json.JSONDecodeError) as error:
+        except (AttributeError, KeyError, TypeError, json.JSONDecodeError) as error:
             raise ValueError(f"{path} is damaged: {error}. Save the state again.") from error
         if tensors:
             raise ValueError(

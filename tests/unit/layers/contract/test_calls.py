@@ -1,0 +1,157 @@
+"""What a mixer says to a caller who made a mistake, the forms of input, and the probe."""
+
+import pytest
+import torch
+
+from memzoo.layers import build_mixer, is_probing, list_mixers, mixer_config, probe, record, register_mixer
+from memzoo.layers.contract import MixerConfig, build_context, check_choice
+from memzoo.layers.registry import mixer_entry
+
+WINDOW = {"type": "sliding_window", "d_model": 8, "num_heads": 2, "window_size": 3}
+
+
+@pytest.fixture(scope="module")
+def mixer():
+    torch.manual_seed(0)
+    return build_mixer(WINDOW).eval()
+
+
+X = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
+ROW = X[:1]
+
+
+@pytest.mark.parametrize(
+    "call, error, message",
+    [
+        (lambda m: m(X[0]), ValueError, "expects \\(B, T, d_model\\) with d_model=8, got \\(5, 8\\)"),
+        (lambda m: m(X[..., :4]), ValueError, "d_model=8"),
+        (lambda m: m(X, mask=torch.ones(2, 4, dtype=torch.bool)), ValueError, "mask must have the shape"),
+        (lambda m: m(X, mask=torch.ones(2, 5)), TypeError, "mask.bool\\(\\)"),
+        (lambda m: m(X, cu_seqlens=torch.tensor([0, 5])), ValueError, "packs sequences in one row"),
+        (lambda m: m(ROW, cu_seqlens=torch.tensor([0, 4])), ValueError, "ends at the 5 tokens"),
+        (lambda m: m(ROW, cu_seqlens=torch.tensor([0, 4, 3, 5])), ValueError, "never decreases"),
+        (
+            lambda m: m(ROW, cu_seqlens=torch.tensor([0, 5]), mask=torch.arange(5)[None] > 0),
+            ValueError,
+            "drop the padding before packing",
+        ),
+        (
+            lambda m: m(X, streams={"roles": torch.zeros(2, 4)}),
+            ValueError,
+            "stream 'roles' must have the shape",
+        ),
+        (lambda m: m(X, overrides={"chunk_size": 3}), ValueError, "It takes num_sinks, window_size"),
+        (lambda m: m(X, overrides={"window_size": 0}), ValueError, "window_size must be an integer"),
+        (lambda m: m(X, (1, 2)), TypeError, "got tuple"),
+        (lambda m: m(X, m.init_state(3)), ValueError, "made for batch size 3, but the input holds 2"),
+        (lambda m: m.step(X[:, 0], None), ValueError, "init_state"),
+        (lambda m: m.step(X, m.init_state(2)), ValueError, "expects \\(N, d_model\\)"),
+    ],
+)
+def test_mistakes_of_a_call_are_named(mixer, call, error, message):
+    with pytest.raises(error, match=message):
+        call(mixer)
+
+
+def test_a_mask_that_hides_nothing_is_the_dense_form(mixer):
+    base = mixer(X).hidden
+    assert torch.equal(mixer(X, mask=torch.ones(2, 5, dtype=torch.bool)).hidden, base)
+    packed = mixer(ROW, mask=torch.ones(1, 5, dtype=torch.bool), cu_seqlens=torch.tensor([0, 2, 5])).hidden
+    assert torch.equal(packed, mixer(ROW, cu_seqlens=torch.tensor([0, 2, 5]), max_seqlen=3).hidden)
+
+
+def test_context_describes_dense_packed_and_masked_calls():
+    dense = build_context((2, 3), torch.device("cpu"), num_seen=torch.tensor([4, 4]))
+    assert (dense.lengths, dense.starts, dense.uniform_num_seen) == ((3, 3), (4, 4), 4)
+    assert dense.positions.tolist() == [[4, 5, 6]] * 2
+    assert dense.num_tokens_after.tolist() == [7, 7]
+
+    ragged = build_context((2, 2), torch.device("cpu"), num_seen=torch.tensor([1, 5]))
+    assert (ragged.starts, ragged.uniform_num_seen) == ((1, 5), None)
+    assert ragged.positions.tolist() == [[1, 2], [5, 6]]
+
+    cu_seqlens = torch.tensor([0, 2, 2, 5])
+    packed = build_context(
+        (1, 5), torch.device("cpu"), num_seen=torch.tensor([3, 9, 0]), cu_seqlens=cu_seqlens
+    )
+    assert packed.lengths == (2, 0, 3)
+    assert packed.positions.tolist() == [[3, 4, 0, 1, 2]]
+
+    mask = torch.tensor([[False, True, True], [True, False, False]])
+    roles = torch.arange(6).view(2, 3)
+    masked = build_context((2, 3), torch.device("cpu"), mask=mask, streams={"roles": roles})
+    assert masked.lengths == (2, 1)
+    assert masked.positions.tolist() == [[0, 1, 0]]
+    assert masked.streams["roles"].tolist() == [[1, 2, 3]]
+    assert masked.unpack(masked.pack(roles[..., None])).squeeze(-1).tolist() == [[0, 1, 2], [3, 0, 0]]
+    parts = masked.split(masked.pack(roles[..., None]))
+    assert [part.shape[0] for part in parts] == [2, 1]
+    assert torch.equal(masked.merge(parts), masked.pack(roles[..., None]))
+
+
+def test_in_place_writing_needs_a_call_without_gradients():
+    arguments = (2, 1), torch.device("cpu")
+    assert not build_context(*arguments, in_place=True).in_place
+    with torch.no_grad():
+        assert build_context(*arguments, in_place=True).in_place
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({**WINDOW, "windw_size": 3}, "Did you mean 'window_size'"),
+        ({**WINDOW, "type": "slidin_window"}, "Did you mean 'sliding_window'"),
+        ({"type": "sliding_window", "d_model": 8, "num_heads": 2}, "needs the keys \\['window_size'\\]"),
+        ({"d_model": 8}, "needs a type"),
+        ({**WINDOW, "d_model": 0}, "d_model must be an integer of at least 1, got 0"),
+        ({**WINDOW, "d_model": True}, "d_model must be an integer"),
+        ({**WINDOW, "num_heads": 3}, "multiple of num_heads"),
+    ],
+)
+def test_mistakes_of_a_config_are_named(values, message):
+    with pytest.raises(ValueError, match=message):
+        build_mixer(values)
+
+
+def test_configs_are_plain_data_both_ways():
+    for name in list_mixers():
+        for values in mixer_entry(name).mixer.small_configs():
+            config = mixer_config({"type": name, **values})
+            assert mixer_config(config.to_dict()) == config
+            assert mixer_config(config) is config
+
+
+def test_a_name_cannot_be_registered_twice():
+    with pytest.raises(ValueError, match="'attention' is registered already"):
+        register_mixer("attention", mixer_entry("attention").mixer, MixerConfig)
+
+
+def test_a_choice_suggests_the_nearest():
+    with pytest.raises(ValueError, match="Did you mean 'sliding'"):
+        check_choice("window", "slidng", ("sliding", "terrace"))
+
+
+def test_probe_collects_detached_values_and_nests():
+    record("ignored", torch.ones(1))
+    with probe() as outer:
+        assert is_probing()
+        record("a", torch.ones(1, requires_grad=True))
+        with probe() as inner:
+            record("a", torch.zeros(1))
+        record("a", torch.full((1,), 2.0))
+    assert not is_probing()
+    assert [float(value) for value in outer["a"]] == [1, 0, 2]
+    assert [float(value) for value in inner["a"]] == [0]
+    assert not outer["a"][0].requires_grad
+    assert "ignored" not in outer
+
+
+def test_probe_records_nothing_while_a_block_is_recomputed():
+    def block(x):
+        record("seen", x)
+        return (x * 2).sin()
+
+    x = torch.ones(3, requires_grad=True)
+    with probe() as seen:
+        torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False).sum().backward()
+    assert len(seen["seen"]) == 1
