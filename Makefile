@@ -6,7 +6,7 @@ PYTHON ?= python3
 VENV ?= .venv
 WORKERS ?= 2
 # Least covered share of kernels, layers and models, in percent.
-COVERAGE ?= 0
+COVERAGE ?= 90
 
 STAMP := $(VENV)/.installed
 RUN := $(VENV)/bin/python
