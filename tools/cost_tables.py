@@ -3,8 +3,8 @@
     python tools/cost_tables.py             write what is out of date
     python tools/cost_tables.py --check     only name it; exit code 1 if there is any
 
-A page marks each table with `<!-- table: NAME ARGUMENT -->` and `<!-- end table -->`; what stands between the
-two lines is replaced. Tables of measured figures come from `benchmarks/records/*.json` and are empty where the
+A page marks each table with `<!-- table: NAME ARGUMENT -->` and `<!-- end table -->`; what stands between
+is replaced. Tables of measured figures come from `benchmarks/records/*.json` and are empty where the
 record does not exist. The figures (`docs/mixers/figures/*.svg`) carry their data in their metadata and are
 drawn again only when the data changed.
 """
@@ -392,6 +392,29 @@ def conversion_table(argument: str, page: Path) -> str:
     return _section("Measured", parts)
 
 
+def kernel_table(argument: str, page: Path) -> str:
+    """One part of `kernels.json`, as the record has it: `attention` or `linear`."""
+    parts = []
+    for path, record in records("kernels.json"):
+        measured = record["results"].get(argument, [])
+        if not measured:
+            continue
+        settings = list(dict.fromkeys(key for row in measured for key in row["setting"]))
+        figures = {"median_ms": "ms", "peak_mib": "peak MiB", "share_of_matmul_rate": "share of matmul rate"}
+        shown = [key for key in figures if any(row.get(key) is not None for row in measured)]
+        rows = []
+        for row in measured:
+            cells = [str(row["setting"].get(key, "")) for key in settings]
+            if "skipped" in row:
+                cells += [f"left out: {row['skipped']}", *[""] * (len(shown) - 1)]
+            else:
+                cells += ["" if row.get(key) is None else f"{row[key]:.4g}" for key in shown]
+            rows.append([row["function"], *cells])
+        header = ["function", *settings, *(figures[key] for key in shown)]
+        parts.append(markdown(header, rows) + "\n" + provenance(path, record, page))
+    return _section("Measured: kernels", parts)
+
+
 def record_table(argument: str, page: Path) -> str:
     """All records that are there, with their commands."""
     rows = []
@@ -425,7 +448,7 @@ def provenance(path: Path, record: Mapping[str, Any], page: Path) -> str:
 
 def _link(path: Path, page: Path) -> str:
     up = "../" * len(page.relative_to(ROOT).parents[:-1])
-    return f"[{path.name}]({up}{path.relative_to(ROOT).as_posix()})"
+    return f"[{path.name}]({up}benchmarks/records/{path.name})"
 
 
 def _commit(record: Mapping[str, Any]) -> str:
@@ -471,6 +494,7 @@ TABLES: dict[str, Callable[[str, Path], str]] = {
     "recall": recall_table,
     "decoding": decode_table,
     "conversion": conversion_table,
+    "kernels": kernel_table,
     "records": record_table,
 }
 
