@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import inspect
 import re
+import runpy
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
@@ -270,6 +271,6 @@ def test_examples_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.chdir(tmp_path)
     examples = blocks(ROOT / name, "python")
     assert examples
-    space: dict[str, object] = {}
-    for example in examples:
-        exec(compile(example, name, "exec"), space)
+    script = tmp_path / "examples.py"
+    script.write_text("\n".join(examples), encoding="utf-8")
+    runpy.run_path(str(script))
