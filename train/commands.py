@@ -282,7 +282,7 @@ def bench(
     token.
 
     Args:
-        mixer: registered type; `memzoo list mixers` shows them.
+        mixer: registered type; `memzoo list --what mixers` shows them.
         d_model: width of the tokens.
         lengths: sequence lengths.
         batch_size: sequences.
