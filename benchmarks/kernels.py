@@ -1,14 +1,13 @@
 """Time and memory of the kernels beside what PyTorch and flash-linear-attention offer for the same function.
 
-    python benchmarks/kernels.py                     everything, up to 32k tokens (about half an hour on 2
-    cores) python benchmarks/kernels.py --max-length 4096   short sequences only
-    python benchmarks/kernels.py --only linear       one part: attention, linear or decode
-    python benchmarks/kernels.py --quick             to try the script
+    python benchmarks/kernels.py                       everything, up to 32k tokens
+    python benchmarks/kernels.py --max-length 4096     short sequences only
+    python benchmarks/kernels.py --only linear         one part: attention, linear or decode
+    python benchmarks/kernels.py --quick               to try the script
 
 attention   windows of 64, 256 and 1,024 keys beside full causal attention and an explicit window mask, both
-by
-            torch's scaled_dot_product_attention (SDPA), forward and with the backward pass, time and peak
-            memory
+            by torch's scaled_dot_product_attention (SDPA), forward and with the backward pass, time and
+            peak memory
 linear      linear attention, plain, decayed and normalised, beside the plain PyTorch functions of
             flash-linear-attention (its kernels need a GPU) where it can be imported, and as a share of the
             rate of batched matmuls of the machine, measured in the same run
