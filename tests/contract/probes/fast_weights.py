@@ -53,6 +53,8 @@ class FastWeights(TokenMixer):
     def init_weights(self) -> None:
         draw([self.q_proj, self.k_proj, self.v_proj, self.rate_proj, self.momentum_proj, self.o_proj])
         nn.init.normal_(self.initial, std=self.config.head_dim**-0.5)
+        # rates of about 0.05; far larger ones make the net chaotic, and rounding then grows with every chunk
+        nn.init.constant_(self.rate_proj.bias, -3.0)
 
     def init_state(self, batch_size, *, device=None, dtype=None):
         wide = wide_dtype(dtype or self.initial.dtype)
