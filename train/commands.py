@@ -31,7 +31,7 @@ def evaluate_perplexity(
     """Perplexity of a model by position, over non-overlapping windows of one long document.
 
     Args:
-        model: folder of a model, or a .gguf file.
+        model: folder of a model, a .gguf file, or "smollm2-135m" (fetched once into the cache).
         text: name of a bundled text, or a .txt or .jsonl file.
         document: which document of the text, counted from 0.
         tokenizer: folder or .gguf file of the tokenizer; by default that of the model.
@@ -48,6 +48,7 @@ def evaluate_perplexity(
     from .data.tokenizers import load_tokenizer
     from .evaluate import position_losses
 
+    source = _checkpoint(model)
     is_file = Path(text).suffix in (".txt", ".jsonl")
     documents = read_documents(text) if is_file else [item.text for item in load_text(text)]
     if not 0 <= document < len(documents):
@@ -55,9 +56,9 @@ def evaluate_perplexity(
             f"{text!r} has {len(documents)} documents, number {document} is not one of them. "
             f"Give 0 to {len(documents) - 1}; bundled texts are {', '.join(list_texts())}."
         )
-    words = load_tokenizer(tokenizer or model)
+    words = load_tokenizer(tokenizer or source)
     (ids,) = encode_documents(words, [documents[document]])
-    loaded = _load_model(model, device, dtype)
+    loaded = _load_model(source, device, dtype)
     tokens = _tensor(ids)
     settings = {
         "model": model,
@@ -180,7 +181,7 @@ def generate(
     """Continue a prompt.
 
     Args:
-        model: folder of a model, or a .gguf file.
+        model: folder of a model, a .gguf file, or "smollm2-135m" (fetched once into the cache).
         prompt: text to continue.
         tokenizer: folder or .gguf file of the tokenizer; by default that of the model.
         max_new_tokens: longest continuation.
@@ -204,7 +205,8 @@ def generate(
         raise ValueError(
             f"temperature must not be negative, got {temperature}. Use 0 for the most likely token."
         )
-    words = load_tokenizer(tokenizer or model)
+    source = _checkpoint(model)
+    words = load_tokenizer(tokenizer or source)
     if chat:
         if not words.chat_template:
             raise ValueError("the tokenizer has no chat template. Leave --chat out.")
@@ -214,7 +216,7 @@ def generate(
     ids = torch.tensor([words.encode(prompt, add_special_tokens=not chat)], dtype=torch.int64)
     if ids.shape[1] == 0:
         raise ValueError("the prompt is empty. Give at least one character.")
-    network = _load_model(model, device, dtype)
+    network = _load_model(source, device, dtype)
     wrapped = MemoryForCausalLM.from_model(network).eval()
     settings: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
@@ -235,7 +237,8 @@ def inspect(model: str, num_tokens: int = 4096, dtype: DType = "float32") -> str
     """Parameters, state bytes and FLOPs per token of every layer, at one context length. Reads no weights.
 
     Args:
-        model: folder of a model, a .gguf file, a YAML file that describes one, or the name of a shipped one.
+        model: folder of a model, a .gguf file, "smollm2-135m", a YAML file that describes one, or the name of
+            a shipped one.
         num_tokens: context length.
         dtype: of the activations; the keys and values of a window are stored in it.
     """
@@ -244,8 +247,9 @@ def inspect(model: str, num_tokens: int = 4096, dtype: DType = "float32") -> str
     from ..models.checkpoints.folder import read_model_config
     from .inspection import facts_table, inspect_model
 
-    is_checkpoint = Path(model).is_dir() or Path(model).suffix == ".gguf"
-    described = read_model_config(model) if is_checkpoint else _read_yaml_config(model)
+    source = _checkpoint(model)
+    is_checkpoint = Path(source).is_dir() or Path(source).suffix == ".gguf"
+    described = read_model_config(source) if is_checkpoint else _read_yaml_config(source)
     return facts_table(inspect_model(described, num_tokens, dtype=getattr(torch, dtype)))
 
 
@@ -318,6 +322,15 @@ def bench(
     }
     _write(output, "bench/mixer", config, results)
     return _table(rows)
+
+
+def _checkpoint(name: str) -> str:
+    """The place of a model: the name itself, or the cached file of a model that has a name."""
+    if name != "smollm2-135m":
+        return name
+    from ..models.checkpoints.fetch import fetch_smollm2
+
+    return str(fetch_smollm2())
 
 
 def _load_model(source: str, device: str, dtype: DType) -> MemoryLM:

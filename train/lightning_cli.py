@@ -66,7 +66,9 @@ class TrainCLI(LightningCLI):
                 "log_every_n_steps": 10,
             },
             seed_everything_default=0,
-            parser_kwargs=strict | {name: dict(strict) for name in _SUBCOMMANDS},
+            parser_kwargs=strict
+            | {"prog": "memzoo train", "description": "Train, validate or test a model described in YAML."}
+            | {name: dict(strict) for name in _SUBCOMMANDS},
             parser_class=_Parser,
             args=list(args),
             auto_configure_optimizers=False,
