@@ -1,6 +1,7 @@
 """YAML configurations shipped with the package, found by names such as `train/mqar_based`."""
 
 import difflib
+from collections.abc import Sequence
 from pathlib import Path
 
 _FOLDER = Path(__file__).parent
@@ -25,6 +26,25 @@ def find(name: str) -> Path:
             "`memzoo list --what configs` shows them all."
         )
     return _FOLDER / f"{name}.yaml"
+
+
+def with_files(arguments: Sequence[str]) -> list[str]:
+    """A command line in which the names after `--config` are replaced by the files of shipped configurations.
+
+    Raises:
+        ValueError: a name that is neither a file nor shipped.
+    """
+    resolved = list(arguments)
+    for position, token in enumerate(resolved):
+        if token.startswith("--config="):
+            resolved[position] = f"--config={_file(token.removeprefix('--config='))}"
+        elif position and resolved[position - 1] in ("--config", "-c"):
+            resolved[position] = _file(token)
+    return resolved
+
+
+def _file(name: str) -> str:
+    return name if Path(name).is_file() or Path(name).suffix else str(find(name))
 
 
 def summary(name: str) -> str:

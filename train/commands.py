@@ -275,7 +275,7 @@ def bench(
     d_model: int = 512,
     lengths: Sequence[int] = (1024, 2048, 4096),
     batch_size: int = 1,
-    settings: dict[str, Any] | None = None,
+    settings: dict[str, bool | int | float | str | None] | None = None,
     repetitions: int = 3,
     threads: int | None = None,
     device: str = "auto",

@@ -154,22 +154,7 @@ def run_training(args: Sequence[str]) -> None:
     """Run ``memzoo train`` with these arguments, for example ``["fit", "--config", "run.yaml"]``."""
     if args and not args[0].startswith("-") and args[0] not in _SUBCOMMANDS:
         raise ValueError(f"memzoo train knows no command {args[0]!r}. {suggest(args[0], _SUBCOMMANDS)}")
-    TrainCLI(with_shipped_configs(args))
-
-
-def with_shipped_configs(args: Sequence[str]) -> list[str]:
-    """The arguments with the names of shipped configurations replaced by their files."""
-    resolved = list(args)
-    for position, token in enumerate(resolved):
-        if token.startswith("--config="):
-            resolved[position] = f"--config={_config_path(token.removeprefix('--config='))}"
-        elif position and resolved[position - 1] in ("--config", "-c"):
-            resolved[position] = _config_path(token)
-    return resolved
-
-
-def _config_path(name: str) -> str:
-    return name if Path(name).is_file() or Path(name).suffix else str(configs.find(name))
+    TrainCLI(configs.with_files(args))
 
 
 def chosen_types(args: Sequence[str]) -> dict[str, str]:

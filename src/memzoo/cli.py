@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from . import __version__
+from . import __version__, configs
 
 DEBUG_VARIABLE = "MEMZOO_DEBUG"
 
@@ -112,6 +112,7 @@ def run_command(name: str, args: Sequence[str]) -> int:
         raise ValueError(f"there is no command {name!r}. {_suggest(name, list(COMMANDS))}")
     _quieten()
     command = COMMANDS[name]
+    args = configs.with_files(args)
     if command.takes_arguments:
         assert isinstance(command.target, str)
         result = _load(command.target)(list(args))

@@ -13,8 +13,11 @@ import yaml
 from memzoo import cli, configs
 from memzoo.models.config import ModelConfig
 from memzoo.models.decoder import MemoryLM
+from memzoo.models.hf import save_model
+from memzoo.records import read_record
+from memzoo.train.data.tokenizers import byte_tokenizer
 from memzoo.train.inspection import inspect_model
-from memzoo.train.lightning_cli import TrainCLI, with_shipped_configs
+from memzoo.train.lightning_cli import TrainCLI
 
 MODELS = [name for name in configs.names() if name.startswith("models/")]
 RUNS = [name for name in configs.names() if name.startswith("train/")]
@@ -49,6 +52,18 @@ def test_models_build_on_the_meta_device(name: str) -> None:
 def test_models_have_the_size_of_their_name(name: str, millions: int) -> None:
     config = ModelConfig.from_dict(yaml.safe_load(configs.find(name).read_text()))
     assert round(MemoryLM(config, device="meta").num_parameters() / 1e6) == millions
+
+
+def test_the_shipped_evaluation_measures_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    model = MemoryLM(ModelConfig(vocab_size=257, d_model=8, layers=[{"type": "based", "num_heads": 1}]))
+    save_model(model, tmp_path / "model", byte_tokenizer())
+    small = ["--window_size", "40", "--num_windows", "3", "--output", "record.json"]
+    assert cli.main(["evaluate", "perplexity", "--config", "evaluate/book", "--model", "model", *small]) == 0
+    record = read_record("record.json")
+    assert record["config"]["text"] == "moby_dick"
+    assert record["results"]["starts"] == [8192, 8232, 8272]
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -147,11 +162,27 @@ def test_flags_cannot_name_import_paths(flags: list[str], planted: Path) -> None
     assert not planted.exists()
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["bench", "--mixer", "based", "--settings", EVIL],
+        ["bench", "--mixer", "based", "--settings", "{num_heads: {class_path: planted.Module}}"],
+        ["bench", "--mixer", "planted.Module"],
+        ["generate", "--model", "planted.Module", "--prompt", "x"],
+        ["inspect", "--model", EVIL],
+    ],
+    ids=" ".join,
+)
+def test_other_commands_cannot_name_import_paths(arguments: list[str], planted: Path) -> None:
+    assert cli.main(arguments) == 2
+    assert not planted.exists()
+
+
 def test_callbacks_of_the_users_own_are_accepted(planted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The trace works, and the three places that may name classes do."""
     (planted.parent / "own.yaml").write_text("{trainer: {callbacks: [{class_path: planted.Watch}]}}")
     monkeypatch.setattr(TrainCLI, "_run_subcommand", lambda self, name: None)
-    made = TrainCLI(with_shipped_configs(["fit", "--config", "train/mqar_based", "--config", "own.yaml"]))
+    made = TrainCLI(configs.with_files(["fit", "--config", "train/mqar_based", "--config", "own.yaml"]))
     assert planted.exists()
     assert "Watch" in [type(callback).__name__ for callback in made.trainer.callbacks]
 
