@@ -141,10 +141,15 @@ class Lolcats(AttentionBase):
             memory=memory,
         )
 
+    def check_state(self, state: Any) -> None:
+        """Raises unless the state fits this mixer and the switch of its memory."""
+        if isinstance(state, LolcatsState):
+            self._check_memory(state)
+        super().check_state(state)
+
     def mix(self, x: Tensor, ctx: SequenceContext, state: LolcatsState | None) -> LayerOutput:
         """Attends to the window, reads and writes the memory, joins both."""
         window_size, num_sinks = overridden_window(ctx, state, self.window_size, self.num_sinks)
-        self._check_memory(state)
         q, k, v = self.project(x, ctx)
         prefix = None if state is None else state.window.prefix(ctx, num_sinks)
         memory = None if state is None else state.memory
@@ -162,7 +167,6 @@ class Lolcats(AttentionBase):
         """One token: the ring holds just the keys it sees, and the slot it takes the key that leaves."""
         if self.is_terrace:
             return self.mix(x, ctx, state)
-        self._check_memory(state)
         q, k, v = self.project(x, ctx)
         row = torch.arange(ctx.batch_size, device=x.device)
         slot = self.num_sinks + (ctx.num_seen - self.num_sinks) % self.window_size  # (N,)
@@ -374,8 +378,8 @@ class Lolcats(AttentionBase):
         extras = {"head_outputs": out} if ctx.return_extras else {}
         return LayerOutput(self.o_proj(out.flatten(-2)), state, extras=extras)
 
-    def _check_memory(self, state: LolcatsState | None) -> None:
-        if state is not None and self.memory_enabled != (state.memory is not None):
+    def _check_memory(self, state: LolcatsState) -> None:
+        if self.memory_enabled != (state.memory is not None):
             raise ValueError(
                 f"the memory of this layer is switched {'on' if self.memory_enabled else 'off'}, but the "
                 "state was made "

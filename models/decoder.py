@@ -407,6 +407,11 @@ class MemoryLM(nn.Module):
                 f"state holds {len(state.layers)} layers, the model has {len(self.layers)}. "
                 "It is of another model."
             )
+        for index, (layer, part) in enumerate(zip(self.blocks, state.layers, strict=True)):
+            try:
+                layer.mixer.check_state(part)
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"layer {index}: {error}") from error
         return state.num_tokens
 
     def _check_streams(self, streams: Mapping[str, Tensor] | None) -> None:

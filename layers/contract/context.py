@@ -127,7 +127,7 @@ def build_context(
     Raises:
         ValueError: shapes disagree, both a hiding mask and `cu_seqlens` are given, or the state has another
             batch size.
-        TypeError: the mask is not boolean.
+        TypeError: the mask is not boolean, or `cu_seqlens` no integers.
     """
     rows, length = input_shape
     for name in overrides or ():
@@ -217,7 +217,12 @@ def _checked_mask(mask: Tensor, rows: int, length: int) -> Tensor:
 
 
 def _checked_bounds(cu_seqlens: Tensor, rows: int, length: int) -> Tensor:
-    bounds = torch.as_tensor(cu_seqlens).to("cpu", torch.int64)
+    bounds = torch.as_tensor(cu_seqlens)
+    if bounds.is_floating_point() or bounds.is_complex() or bounds.dtype == torch.bool:
+        raise TypeError(
+            f"cu_seqlens must be integers, got {bounds.dtype}. Convert it with cu_seqlens.long()."
+        )
+    bounds = bounds.to("cpu", torch.int64)
     if rows != 1:
         raise ValueError(
             f"cu_seqlens packs sequences in one row, but the input has {rows} rows. Reshape it to one row."

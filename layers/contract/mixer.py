@@ -62,6 +62,10 @@ class TokenMixer(nn.Module):
         super().__init__()
         self.config = config
         self.d_model = config.d_model
+        # what an empty state looks like, filled by the first check of a state
+        self._state_type: type[State] | None = None
+        self._state_layout: tuple[Any, ...] | None = None
+        self._compare_slots = False
 
     # ------------------------------------------------------------------ what a mixer implements
 
@@ -156,7 +160,7 @@ class TokenMixer(nn.Module):
         ctx = build_context(
             (x.shape[0], x.shape[1]),
             x.device,
-            num_seen=self._check_state(state),
+            num_seen=self._tokens_seen(state),
             mask=mask,
             cu_seqlens=cu_seqlens,
             streams=streams,
@@ -189,7 +193,7 @@ class TokenMixer(nn.Module):
         ctx = build_context(
             (x_t.shape[0], 1),
             x_t.device,
-            num_seen=self._check_state(state),
+            num_seen=self._tokens_seen(state),
             streams={name: stream[:, None] for name, stream in (streams or {}).items()},
             return_state=True,
             in_place=donate,
@@ -201,6 +205,42 @@ class TokenMixer(nn.Module):
         if donate:
             state.poison()
         return LayerOutput(out.hidden.squeeze(1), out.state, out.aux, out.extras)
+
+    def check_state(self, state: Any) -> None:
+        """Raises unless a state can be one that this mixer returned.
+
+        Only its type and sizes are looked at: of two mixers with states of equal layout, each takes the
+        state of the other.
+
+        Raises:
+            TypeError: no state, or one of another type of mixer.
+            ValueError: a donated state, or one with tensors of other sizes.
+        """
+        if not isinstance(state, State):
+            raise TypeError(
+                f"state must be what {type(self).__name__} returned (a State), got {type(state).__name__}. "
+                "Use state=None or mixer.init_state(batch_size) for an empty memory."
+            )
+        state.check_usable()
+        if torch.compiler.is_compiling():
+            return
+        if self._state_type is None:
+            self._state_type = type(self.init_state(1, device="meta"))
+            self._compare_slots = self._has_constant_size()
+        if type(state) is not self._state_type:
+            raise TypeError(
+                f"{type(self).__name__} needs a {self._state_type.__name__}, got a {type(state).__name__}: "
+                "the state is of another mixer. Use state=None or mixer.init_state(batch_size) for an empty "
+                "memory."
+            )
+        given = _layout_of(state)
+        if given != self._layout():
+            wrong = _difference(given, self._layout(fresh=True), compare_slots=self._compare_slots)
+            if wrong is not None:
+                raise ValueError(
+                    f"the state is of a {type(self).__name__} with another config: {wrong}. Use state=None "
+                    "or mixer.init_state(batch_size) for an empty memory."
+                )
 
     def reset_parameters(self) -> None:
         """Initialises this mixer and those inside it, for instance after the meta device."""
@@ -247,16 +287,45 @@ class TokenMixer(nn.Module):
                     f"{type(self).__name__} has no size {name!r} that a call may override. {known}"
                 )
 
-    def _check_state(self, state: Any) -> Tensor | None:
+    def _tokens_seen(self, state: Any) -> Tensor | None:
         if state is None:
             return None
-        if not isinstance(state, State):
-            raise TypeError(
-                f"state must be what {type(self).__name__} returned (a State), got {type(state).__name__}. "
-                "Use state=None or mixer.init_state(batch_size) for an empty memory."
-            )
-        state.check_usable()
-        return state.num_tokens
+        self.check_state(state)
+        tokens: Tensor = state.num_tokens
+        return tokens
+
+    def _layout(self, *, fresh: bool = False) -> tuple[Any, ...]:
+        """The layout of an empty state, remembered between calls."""
+        if fresh or self._state_layout is None:
+            self._state_layout = _layout_of(self.init_state(1, device="meta"))
+        return self._state_layout
+
+    def _has_constant_size(self) -> bool:
+        """Whether every state of this mixer has the slots of an empty one."""
+        if self.data_dependent:
+            return False
+        return self.state_num_bytes(0) == self.state_num_bytes(1) == self.state_num_bytes(2**20)
+
+
+def _layout_of(state: State) -> tuple[Any, ...]:
+    """(name, number of slots or None, sizes behind them) of every tensor of a state."""
+    return tuple(
+        (name, tensor.shape[1] if tensor.dim() > 1 else None, tuple(tensor.shape[2:]))
+        for name, tensor in state.named_tensors()
+    )
+
+
+def _difference(given: tuple[Any, ...], expected: tuple[Any, ...], *, compare_slots: bool) -> str | None:
+    """What a state has that it should not, in words; None where nothing differs."""
+    given_names, expected_names = [entry[0] for entry in given], [entry[0] for entry in expected]
+    if given_names != expected_names:
+        return f"it holds {', '.join(given_names)}, expected {', '.join(expected_names)}"
+    for (name, slots, sizes), (_, expected_slots, expected_sizes) in zip(given, expected, strict=True):
+        if sizes != expected_sizes or (slots is None) != (expected_slots is None):
+            return f"{name} has {sizes} behind its slots, expected {expected_sizes}"
+        if compare_slots and slots != expected_slots:
+            return f"{name} has {slots} slots, expected {expected_slots}"
+    return None
 
 
 def config_span(config: MixerConfig) -> int:

@@ -102,6 +102,19 @@ class CompositeMixer(TokenMixer):
         states = tuple(inner.init_state(batch_size, device=device, dtype=dtype) for inner in self._inner())
         return CompositeState(num_tokens=empty_tokens(batch_size), mixers=states)
 
+    def check_state(self, state: Any) -> None:
+        """Raises unless every inner mixer can have returned its part of the state."""
+        if not isinstance(state, CompositeState):
+            super().check_state(state)
+        state.check_usable()
+        if len(state.mixers) != len(self.mixers):
+            raise ValueError(
+                f"the state holds {len(state.mixers)} inner states, the {self.config.type!r} mixer has "
+                f"{len(self.mixers)} mixers. It is of another mixer."
+            )
+        for inner, part in zip(self._inner(), state.mixers, strict=True):
+            inner.check_state(part)
+
     def mix(self, x: Tensor, ctx: SequenceContext, state: CompositeState | None) -> LayerOutput:
         """Runs the inner mixers on whole sequences."""
         return self._run(x, ctx, state, [inner.mix for inner in self._inner()])

@@ -233,6 +233,12 @@ def test_a_state_of_another_model_is_named():
         small_model()(tokens(1, 2), other.init_state(1))
 
 
+def test_a_layer_state_of_another_model_is_named():
+    other = small_model(layers=[{"type": "attention"}] * 3, mlp={"type": "none"})
+    with pytest.raises(TypeError, match=r"layer 1: .* the state is of another mixer"):
+        small_model()(tokens(1, 2), other.init_state(1))
+
+
 def test_ids_under_the_mask_may_be_anything():
     model = small_model()
     ids = torch.tensor([[-100, 3, 4]])

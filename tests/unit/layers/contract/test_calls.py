@@ -42,6 +42,7 @@ ROW = X[:1]
         ),
         (lambda m: m(X, overrides={"chunk_size": 3}), ValueError, "It takes num_sinks, window_size"),
         (lambda m: m(X, overrides={"window_size": 0}), ValueError, "window_size must be an integer"),
+        (lambda m: m(ROW, cu_seqlens=torch.tensor([0.0, 2.5, 5.0])), TypeError, "must be integers"),
         (lambda m: m(X, (1, 2)), TypeError, "got tuple"),
         (lambda m: m(X, m.init_state(3)), ValueError, "made for batch size 3, but the input holds 2"),
         (lambda m: m.step(X[:, 0], None), ValueError, "init_state"),
@@ -51,6 +52,41 @@ ROW = X[:1]
 def test_mistakes_of_a_call_are_named(mixer, call, error, message):
     with pytest.raises(error, match=message):
         call(mixer)
+
+
+LAYERS = {
+    "attention": {"type": "attention", "num_heads": 2},
+    "narrow attention": {"type": "attention", "num_heads": 4},
+    "window 3": {"type": "sliding_window", "num_heads": 2, "window_size": 3},
+    "window 4": {"type": "sliding_window", "num_heads": 2, "window_size": 4},
+    "linear": {"type": "linear_attention", "num_heads": 2},
+    "linear, no normaliser": {"type": "linear_attention", "num_heads": 2, "normalize": False},
+    "convolution": {"type": "base_conv", "conv_size": 3},
+    "long convolution": {"type": "base_conv", "conv_size": 4},
+    "lolcats": {"type": "lolcats", "num_heads": 2, "window_size": 3, "feature_dim": 2},
+    "terrace": {"type": "lolcats", "num_heads": 2, "window_size": 3, "feature_dim": 2, "window": "terrace"},
+    "sum": {"type": "parallel", "mixers": [{"type": "attention", "num_heads": 2}, {"type": "base_conv"}]},
+    "other sum": {
+        "type": "parallel",
+        "mixers": [{"type": "base_conv"}, {"type": "attention", "num_heads": 2}],
+    },
+    "sum of three": {"type": "parallel", "mixers": [{"type": "base_conv"}] * 3},
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_state_of_another_mixer_is_refused(name):
+    mixer = build_mixer({"d_model": 8, **LAYERS[name]})
+    for other, entry in LAYERS.items():
+        state = build_mixer({"d_model": 8, **entry})(X, return_state=True).state
+        if other == name:
+            mixer(X, state)
+            mixer.step(X[:, 0], state)
+            continue
+        with pytest.raises((TypeError, ValueError), match=r"(?i)the state .* another|of another mixer"):
+            mixer(X, state)
+        with pytest.raises((TypeError, ValueError), match="another"):
+            mixer.step(X[:, 0], state)
 
 
 def test_a_mask_that_hides_nothing_is_the_dense_form(mixer):
