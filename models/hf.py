@@ -248,6 +248,11 @@ class MemoryForCausalLM(PreTrainedModel, GenerationMixin):
                 "output_attentions is not supported: most mixers have no attention weights. "
                 "Use memzoo.layers.probe()."
             )
+        if not isinstance(logits_to_keep, int):
+            raise ValueError(
+                "logits_to_keep must be a number of last positions, got a "
+                f"{type(logits_to_keep).__name__}. Select positions from the logits instead."
+            )
         if past_key_values is not None and not isinstance(past_key_values, MemoryCache):
             raise ValueError(
                 f"past_key_values must be a MemoryCache, got {type(past_key_values).__name__}. "
@@ -297,7 +302,8 @@ class MemoryForCausalLM(PreTrainedModel, GenerationMixin):
             kwargs: see transformers.
 
         Raises:
-            ValueError: a mode that a memory cannot serve (it is named), or an empty prompt.
+            ValueError: a mode that a memory cannot serve (it is named), an empty prompt, or one that
+                `past_key_values` has read to its end.
         """
         for name, mode in _REFUSED.items():
             values = [kwargs.get(name)]
@@ -316,6 +322,14 @@ class MemoryForCausalLM(PreTrainedModel, GenerationMixin):
             is_empty = prompt.shape[-1] == 0 or (mask is not None and not bool(mask.bool().any(-1).all()))
             if is_empty:
                 raise ValueError("a prompt is empty. Give at least one token, the bos token for instance.")
+            cache = kwargs.get("past_key_values")
+            num_read = cache.get_seq_length() if isinstance(cache, MemoryCache) else 0
+            if num_read >= prompt.shape[-1]:
+                raise ValueError(
+                    f"past_key_values has read {num_read} tokens and the prompt has {prompt.shape[-1]}: none "
+                    "is new. A memory cannot go back, so give the whole text, with at least one token that "
+                    "the cache has not read."
+                )
         return super().generate(inputs, generation_config=generation_config, **kwargs)
 
     @classmethod
@@ -399,6 +413,19 @@ class MemoryForCausalLM(PreTrainedModel, GenerationMixin):
                 "the vocabulary of a memory model cannot be resized. Build a model with another vocab_size."
             )
         self.model.embed_tokens = cast(nn.Embedding, value)
+
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> Any:
+        """The embedding, unchanged.
+
+        Raises:
+            ValueError: another number of tokens than there are.
+        """
+        if new_num_tokens is not None and new_num_tokens != self.model.config.vocab_size:
+            raise ValueError(
+                f"the vocabulary of a memory model cannot be resized from {self.model.config.vocab_size} to "
+                f"{new_num_tokens} tokens. Build a model with another vocab_size."
+            )
+        return self.model.embed_tokens
 
     def get_output_embeddings(self) -> nn.Module | None:
         """The head; None where it is the embedding."""

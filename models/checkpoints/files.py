@@ -195,10 +195,15 @@ def verify_folder(
                 f"{path} is missing, but {MANIFEST_NAME} lists it. Copy the whole folder again."
             )
         if path.stat().st_size != entry["num_bytes"] or sha256_of(path) != entry["sha256"]:
+            remedy = (
+                "Copy the whole folder again, or save the model again."
+                if required
+                else f"Restore it, or, in a folder not saved by memzoo, delete {MANIFEST_NAME} to vouch for "
+                "the content yourself."
+            )
             raise CheckpointError(
                 f"{path} differs from the SHA-256 in {MANIFEST_NAME}: "
-                "the file was damaged or changed after saving. "
-                f"Restore it, or delete {MANIFEST_NAME} to vouch for the content yourself."
+                f"the file was damaged or changed after saving. {remedy}"
             )
     return read_json(folder / MANIFEST_NAME)
 

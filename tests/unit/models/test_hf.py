@@ -334,6 +334,25 @@ def test_other_misuse_is_named():
         model.generate(torch.tensor([[VOCAB]]), max_new_tokens=1)
 
 
+def test_a_prompt_that_the_cache_has_read_already_is_refused():
+    model, ids = small_model(), tokens(1, 6)
+    for length in (3, 6):
+        cache = MemoryCache()
+        model(ids, past_key_values=cache, use_cache=True)
+        with pytest.raises(ValueError, match=f"read 6 tokens and the prompt has {length}"):
+            model.generate(ids[:, :length], past_key_values=cache, max_new_tokens=2)
+
+
+def test_resizing_and_chosen_positions_are_refused_by_name():
+    model, ids = small_model(), tokens(1, 6)
+    before = model.model.embed_tokens
+    with pytest.raises(ValueError, match=f"resized from {VOCAB} to 50"):
+        model.resize_token_embeddings(50)
+    assert model.resize_token_embeddings() is before
+    with pytest.raises(ValueError, match="logits_to_keep must be a number"):
+        model(ids, logits_to_keep=torch.tensor([1, 2]))
+
+
 def test_a_config_that_names_code_is_refused_and_not_run(tmp_path):
     model = small_model()
     model.save_pretrained(tmp_path)
