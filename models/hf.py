@@ -324,11 +324,13 @@ class MemoryForCausalLM(PreTrainedModel, GenerationMixin):
                 raise ValueError("a prompt is empty. Give at least one token, the bos token for instance.")
             cache = kwargs.get("past_key_values")
             num_read = cache.get_seq_length() if isinstance(cache, MemoryCache) else 0
-            if num_read >= prompt.shape[-1]:
+            # new tokens alone are told by a mask that covers the read ones too
+            num_columns = prompt.shape[-1] if mask is None else mask.shape[-1]
+            if num_read and num_read >= num_columns:
                 raise ValueError(
                     f"past_key_values has read {num_read} tokens and the prompt has {prompt.shape[-1]}: none "
-                    "is new. A memory cannot go back, so give the whole text, with at least one token that "
-                    "the cache has not read."
+                    "is known to be new. Give the whole text with at least one more token, or the new tokens "
+                    "alone with an attention_mask over all tokens."
                 )
         return super().generate(inputs, generation_config=generation_config, **kwargs)
 

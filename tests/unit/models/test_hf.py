@@ -341,6 +341,9 @@ def test_a_prompt_that_the_cache_has_read_already_is_refused():
         model(ids, past_key_values=cache, use_cache=True)
         with pytest.raises(ValueError, match=f"read 6 tokens and the prompt has {length}"):
             model.generate(ids[:, :length], past_key_values=cache, max_new_tokens=2)
+        mask = torch.ones_like(ids[:, :length])
+        with pytest.raises(ValueError, match="none is known to be new"):
+            model.generate(ids[:, :length], attention_mask=mask, past_key_values=cache, max_new_tokens=2)
 
 
 def test_resizing_and_chosen_positions_are_refused_by_name():
