@@ -765,7 +765,7 @@ def check_tooling(subject: Subject) -> float:
     if not all(torch.equal(a, b) for a, b in zip(plain, saved, strict=True)):
         raise ContractError("tooling: gradient checkpointing changes gradients")
     if subject.dtype == torch.float32:
-        with torch.autocast(subject.device, dtype=torch.bfloat16):
+        with torch.autocast(torch.device(subject.device).type, dtype=torch.bfloat16):
             out = mixer(x, streams=streams, return_state=True)
             if mixer.segment_size == 1:
                 mixer.step(x[:, 0], out.state, streams=first_token(subject.more_streams(2, 1)))
