@@ -43,8 +43,8 @@ def swap(model: PreTrainedModel, mixers: Mapping[int, Mapping[str, Any] | MixerC
     source = config_from_hf(model.config.to_dict(), type(model).__name__)
     built: dict[int, TokenMixer] = {}
     for index, entry in mixers.items():
-        if not 0 <= index < len(layers):
-            raise ValueError(f"layer {index} does not exist. Give numbers from 0 to {len(layers) - 1}.")
+        if not isinstance(index, int) or not 0 <= index < len(layers):
+            raise ValueError(f"layer {index!r} does not exist. Give numbers from 0 to {len(layers) - 1}.")
         if not isinstance(entry, MixerConfig):
             known = {item.name for item in dataclasses.fields(mixer_entry(str(entry.get("type"))).config)}
             inherited = {
@@ -56,6 +56,11 @@ def swap(model: PreTrainedModel, mixers: Mapping[int, Mapping[str, Any] | MixerC
             raise ValueError(
                 f"mixer {entry.type!r} needs more than hidden states and cannot stand in a "
                 "plain transformers model."
+            )
+        if mixer.d_model != source.d_model:
+            raise ValueError(
+                f"the mixer for layer {index} has d_model={mixer.d_model}, the model has {source.d_model}. "
+                "Leave d_model out to inherit it."
             )
         built[index] = mixer
     for index, mixer in built.items():

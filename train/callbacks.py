@@ -14,6 +14,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from tqdm import tqdm  # type: ignore[import-untyped]
 
+from ..records import results_folder
 from .data.batches import TokenBatch
 
 logger = logging.getLogger(__name__)
@@ -109,6 +110,11 @@ class SaveModelFolder(Callback):
 
     def __init__(self, folder: str | None = None) -> None:
         self.folder = folder
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        # a folder that cannot be written is found before the training, not after it
+        if stage == "fit" and self.folder is not None and trainer.is_global_zero and not trainer.fast_dev_run:
+            results_folder(self.folder)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.fast_dev_run or not trainer.is_global_zero:

@@ -43,6 +43,7 @@ def evaluate_perplexity(
         dtype: precision of the weights.
         output: .json file for the record.
     """
+    _check_output(output)
     from .data.text import encode_documents, read_documents
     from .data.texts import list_texts, load_text
     from .data.tokenizers import load_tokenizer
@@ -124,6 +125,7 @@ def evaluate_mqar(
         dtype: precision of the weights.
         output: .json file for the record.
     """
+    _check_output(output)
     from .data.mqar import MQARConfig
     from .evaluate import recall_on_mqar
 
@@ -297,6 +299,7 @@ def bench(
         dtype: precision.
         output: .json file for the record.
     """
+    _check_output(output)
     from .benchmark import time_mixer
 
     rows, results = time_mixer(
@@ -374,6 +377,16 @@ def _pad_token(tokenizer: Any) -> int | None:
     if tokenizer.pad_token_id is not None:
         return int(tokenizer.pad_token_id)
     return None if tokenizer.eos_token_id is None else int(tokenizer.eos_token_id)
+
+
+def _check_output(output: str | None) -> None:
+    """Raises ValueError when a record could not be written, before any work is done."""
+    if output is not None:
+        from ..records import results_folder
+
+        if Path(output).is_dir():
+            raise ValueError(f"output is the folder {output!r}. Name a .json file for the record.")
+        results_folder(Path(output).parent)
 
 
 def _write(output: str | None, name: str, config: dict[str, Any], results: dict[str, Any]) -> None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -32,7 +31,7 @@ from ..models.checkpoints.folder import load_model
 from ..models.conversion import ParityReport, check_parity, convert_mixers
 from ..models.decoder import MemoryLM
 from ..models.hf import save_model
-from ..records import write_record
+from ..records import results_folder, write_record
 from .callbacks import TrainingProgress
 from .comparison import Row, comparison_results, comparison_table
 from .data.batches import TokenBatch
@@ -409,24 +408,6 @@ def convert_and_compare(
         on_trained("control", control)
         measure("control: window + sinks, same budget", control.model, control.num_trained)
     return rows, hybrid, control
-
-
-def results_folder(path: str) -> Path:
-    """Makes the folder for results before any work is done.
-
-    Raises:
-        ValueError: there is a file of that name, or the folder cannot be written.
-    """
-    folder = Path(path)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise ValueError(
-            f"results cannot be written to {path!r} ({error.strerror}). Name another folder."
-        ) from error
-    return folder
 
 
 @contextmanager

@@ -26,7 +26,7 @@ from ..models.checkpoints.fetch import fetch_smollm2
 from ..models.checkpoints.folder import load_model
 from ..models.decoder import MemoryLM
 from ..models.hf import save_model
-from ..records import write_record, write_text_atomically
+from ..records import results_folder, write_record, write_text_atomically
 from .comparison import LENGTHS, Row, comparison_results, comparison_table, readable_bytes, state_bytes
 from .convert import (
     Conversion,
@@ -34,7 +34,6 @@ from .convert import (
     convert_and_compare,
     read_recipe,
     recipe_dict,
-    results_folder,
 )
 from .data.tokenizers import load_tokenizer
 

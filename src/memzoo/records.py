@@ -97,6 +97,24 @@ def read_record(path: str | os.PathLike[str]) -> dict[str, Any]:
     return record
 
 
+def results_folder(path: str | os.PathLike[str]) -> Path:
+    """Makes the folder for results before any work is done.
+
+    Raises:
+        ValueError: there is a file of that name, or the folder cannot be written.
+    """
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"results cannot be written to {str(path)!r} ({error.strerror}). Name another folder."
+        ) from error
+    return folder
+
+
 def write_text_atomically(path: str | os.PathLike[str], text: str) -> None:
     """Write a text file through a temporary name beside it, so that a reader never sees half of it."""
     path = Path(path)

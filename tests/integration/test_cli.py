@@ -241,3 +241,17 @@ def test_list_and_bench(capsys: pytest.CaptureFixture[str], workplace: Path) -> 
     bytes_of = {(figure["mixer"], figure["num_tokens"]): figure["state_num_bytes"] for figure in figures}
     assert bytes_of["based", 16] == bytes_of["based", 200]
     assert bytes_of["attention", 16] < bytes_of["attention", 200]
+
+
+def test_results_that_cannot_be_written_are_named_before_the_work(workplace, capsys, monkeypatch):
+    (workplace / "file").write_text("")
+    run("train", "fit", "--config", "recall.yaml", "--output", "file", status=2)
+    assert "results cannot be written to 'file'" in capsys.readouterr().err
+    assert not list(workplace.glob("runs/recall/*/checkpoints"))
+    model = ("--model", "no model is looked for")
+    run("evaluate", "mqar", *model, "--output", "file/recall.json", status=2)
+    assert "results cannot be written to 'file'" in capsys.readouterr().err
+    run("evaluate", "perplexity", *model, "--text", "emma", "--output", str(workplace), status=2)
+    assert "Name a .json file" in capsys.readouterr().err
+    run("bench", "--mixer", "attention", "--output", "file/bench.json", status=2)
+    assert "results cannot be written to 'file'" in capsys.readouterr().err

@@ -91,6 +91,10 @@ def test_gradients_reach_the_swapped_mixer() -> None:
 def test_refuses_what_cannot_work() -> None:
     with pytest.raises(ValueError, match="layer 7 does not exist"):
         swap(plain(), {7: {"type": "attention"}})
+    with pytest.raises(ValueError, match="layer '0' does not exist"):
+        swap(plain(), {"0": {"type": "attention"}})  # type: ignore[dict-item]
+    with pytest.raises(ValueError, match="has d_model=8, the model has"):
+        swap(plain(), {0: {"type": "base_conv", "d_model": 8}})
     with pytest.raises(ValueError, match="Did you mean 'sliding_window'"):
         swap(plain(), {0: {"type": "sliding_windows"}})
     with pytest.raises(ValueError, match=r"model\.model\.layers"):
