@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from ..autograd import backward_without_autocast
 from .types import AttentionOutput, KVPrefix
@@ -85,7 +86,7 @@ def attention_torch(
     k_rows = keys.transpose(1, 2).flatten(0, 1)
     v_rows = values.transpose(1, 2).flatten(0, 1)
     plan = _Plan(tiles, window_size, scale, return_stats)
-    if torch.compiler.is_compiling():
+    if is_compiling():
         output, lse, row_max = _attend_op(
             q_rows, k_rows, v_rows, plan.numbers(), window_size or 0, scale, return_stats
         )

@@ -13,7 +13,7 @@ the state. No exponent is above 0, and exponents below a floor (a factor that no
 see) are raised to it, because denormal numbers are slow.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -35,15 +35,6 @@ class _Plan(NamedTuple):
     scale: float
     normalize: bool
     need_final: bool
-
-    def numbers(self) -> tuple[list[int], int, float, bool, bool]:
-        """The plan as arguments of an operation."""
-        return [n for pair in self.segments for n in pair], *self[1:]
-
-    @classmethod
-    def from_numbers(cls, segments: Sequence[int], *rest: Any) -> "_Plan":
-        """The inverse of `numbers`."""
-        return cls(tuple(zip(segments[::2], segments[1::2], strict=True)), *rest)
 
     def chunks(self, start: int, length: int) -> Iterator[tuple[int, int]]:
         """First token and end of each chunk of a segment."""
@@ -94,10 +85,7 @@ def linear_attention_torch(
     segments = tuple(zip(starts[:-1], lengths, strict=True)) if is_packed else ((0, num_tokens),)
     plan = _Plan(segments, chunk_size, scale, normalize, return_state)
     tensors = (q_rows, k_rows, v_rows, g_rows, memory, normalizer)
-    if torch.compiler.is_compiling():
-        result, weight, memory, normalizer = _attend_op(*tensors, *plan.numbers())
-    else:
-        result, weight, memory, normalizer = _ChunkedLinearAttention.apply(*tensors, plan)
+    result, weight, memory, normalizer = _ChunkedLinearAttention.apply(*tensors, plan)
     if normalize:
         result = result / (weight + eps)[..., None]
     # (X, R, T, V) -> (B, T, Hk, R, V); either R or the number of grouped value heads is 1
@@ -354,56 +342,7 @@ class _ChunkedLinearAttention(torch.autograd.Function):
         return *_attend_backward(*ctx.saved_tensors, *grads, plan=ctx.plan), None
 
 
-# Under torch.compile the loop over chunks is one opaque operation: unrolled it would take minutes to compile.
 # In eager mode it stays visible, to the FLOP counter for one.
-_PLAN_SCHEMA = "SymInt[] segments, SymInt chunk_size, float scale, bool normalize, bool need_final"
-
-
-@torch.library.custom_op(
-    "memzoo::chunked_linear_attention",
-    mutates_args=(),
-    schema=f"(Tensor q, Tensor k, Tensor v, Tensor? g, Tensor? memory, Tensor? normalizer, {_PLAN_SCHEMA}) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
-)
-def _attend_op(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _attend(*arguments[:6], plan=_Plan.from_numbers(*arguments[6:]))
-
-
-@_attend_op.register_fake
-def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _empty_results(*arguments[:3], plan=_Plan.from_numbers(*arguments[6:]))
-
-
-@torch.library.custom_op(
-    "memzoo::chunked_linear_attention_backward",
-    mutates_args=(),
-    schema="(Tensor q, Tensor k, Tensor v, Tensor? g, Tensor? memory, Tensor? normalizer, "
-    "Tensor final_memory, Tensor final_normalizer, Tensor d_output, Tensor d_weight, Tensor d_final_memory, "
-    f"Tensor d_final_normalizer, {_PLAN_SCHEMA}) -> Tensor[]",
-)
-def _attend_backward_op(*arguments: Any) -> list[Tensor]:
-    grads = _attend_backward(*arguments[:12], plan=_Plan.from_numbers(*arguments[12:]))
-    return [grad for grad in grads if grad is not None]
-
-
-@_attend_backward_op.register_fake
-def _(*arguments: Any) -> list[Tensor]:
-    return [torch.empty_like(x) for x in arguments[:6] if x is not None]
-
-
-def _save_for_op(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(*inputs[:6], *output[2:])
-    ctx.plan = inputs[6:]
-
-
-def _op_backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-    found = iter(_attend_backward_op(*ctx.saved_tensors, *grads, *ctx.plan))
-    return *(None if x is None else next(found) for x in ctx.saved_tensors[:6]), *(None for _ in ctx.plan)
-
-
-_attend_op.register_autograd(_op_backward, setup_context=_save_for_op)
-
-
 def _empty_results(q: Tensor, k: Tensor, v: Tensor, *, plan: _Plan) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     acc = torch.float64 if q.dtype == torch.float64 else torch.float32
     shape = (len(plan.segments), k.shape[0], k.shape[2])

@@ -326,6 +326,7 @@ def test_compiles_without_a_break(decay_heads: int) -> None:
     def function(tensors: dict[str, Tensor]) -> Tensor:
         return linear_attention(**tensors, normalize=True, chunk_size=CHUNK)[0]
 
+    torch._dynamo.reset()
     compiled = torch.compile(function, fullgraph=True)
     results = [case.with_gradients({"output": f(case.tensors)}) for f in (compiled, function)]
     compare(*results, 1e-5)
