@@ -342,7 +342,6 @@ class _ChunkedLinearAttention(torch.autograd.Function):
         return *_attend_backward(*ctx.saved_tensors, *grads, plan=ctx.plan), None
 
 
-# In eager mode it stays visible, to the FLOP counter for one.
 def _empty_results(q: Tensor, k: Tensor, v: Tensor, *, plan: _Plan) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     acc = torch.float64 if q.dtype == torch.float64 else torch.float32
     shape = (len(plan.segments), k.shape[0], k.shape[2])
