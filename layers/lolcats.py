@@ -36,6 +36,9 @@ from .parts.kv_cache import WindowCache, empty_tokens
 # Dimensions: B batch, T tokens, N sequences, L tokens of all sequences, H query heads, G key/value heads,
 # D head width, F feature_dim, W window, S sinks
 
+# A logit has to travel by several units where entries of the maps move by hundredths.
+WINDOW_FACTOR_LR_SCALE = 30.0
+
 
 @dataclass(frozen=True, kw_only=True)
 class LolcatsConfig(HeadsConfig):
@@ -109,7 +112,9 @@ class Lolcats(AttentionBase):
         options = {"num_heads": self.num_heads, "feature_dim": config.feature_dim}
         self.q_map = make_feature_map("hedgehog_lolcats", self.head_dim, **options)
         self.k_map = make_feature_map("hedgehog_lolcats", self.head_dim, **options)
-        self.window_factor = tag_parameter(nn.Parameter(torch.empty(self.num_heads)), weight_decay=False)
+        self.window_factor = tag_parameter(
+            nn.Parameter(torch.empty(self.num_heads)), weight_decay=False, lr_scale=WINDOW_FACTOR_LR_SCALE
+        )
         self.init_weights()
 
     def init_weights(self) -> None:

@@ -38,7 +38,7 @@ from .data.batches import TokenBatch
 from .data.text import TextDataModule, encode_documents
 from .data.texts import load_text
 from .data.tokenizers import load_tokenizer
-from .distillation import AlignmentModule, DistillModule, lora_size, low_rank_updates
+from .distillation import AlignmentModule, DistillModule, lora_size, low_rank_updates, scaled_rates
 from .evaluate import position_losses
 from .optim import OptimizerConfig
 
@@ -229,12 +229,12 @@ def _tune(
 ) -> None:
     if not steps:
         return
-    parameters = dict(student.named_parameters())
-    for name in also_train:
-        parameters[name]._lr_scale = recipe.new_lr_scale  # type: ignore[attr-defined]
-    with low_rank_updates(
-        student, rank=rank, alpha=2 * rank, targets=recipe.lora_targets, also_train=also_train
-    ) as (wrapped, _):
+    with (
+        scaled_rates(student, also_train, recipe.new_lr_scale),
+        low_rank_updates(
+            student, rank=rank, alpha=2 * rank, targets=recipe.lora_targets, also_train=also_train
+        ) as (wrapped, _),
+    ):
         optimizer = OptimizerConfig(lr=recipe.tune_lr, weight_decay=0.0, warmup_steps=_warmup(steps))
         module = DistillModule(wrapped, teacher, optimizer, recipe.kl_weight, recipe.ce_weight)
         _fit(module, data, steps, "tune", progress, accelerator)

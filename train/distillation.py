@@ -18,7 +18,6 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ..models.conversion import relative_error
 from ..models.decoder import MemoryLM
@@ -28,7 +27,7 @@ from .optim import OptimizerConfig, build_optimizer, lr_factor
 
 # Dimensions: B rows, T tokens, M model width, V vocabulary
 
-KL_CHUNK = 256  # tokens whose logits are held at once
+KL_CHUNK = 32  # tokens worked on at once: their logits stay in the processor's cache
 
 
 class StudentModule(LightningModule):
@@ -131,29 +130,47 @@ class DistillModule(StudentModule):
 
 
 def distillation_loss(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
-    """Mean over tokens of KL(teacher || student), temperature 1, in float32.
+    """Mean over tokens of KL(teacher || student), temperature 1, in float32 (float64 for float64 logits).
 
-    The logits are processed in slices that are recomputed in the backward pass, so no float32 copy of all of
-    them is kept.
+    Only the student gets a gradient. It is made together with the loss, a few tokens at a time, so no float32
+    copy of all logits is ever kept.
 
     Args:
         student_logits, teacher_logits: (B, T, V). Vocabularies may differ by padding at the end; the surplus
             is ignored.
     """
     width = min(student_logits.shape[-1], teacher_logits.shape[-1])
-    student = student_logits[..., :width].flatten(0, 1)
-    teacher = teacher_logits[..., :width].flatten(0, 1)
-    total = student.new_zeros((), dtype=torch.float32)
-    for start in range(0, student.shape[0], KL_CHUNK):
-        part = slice(start, start + KL_CHUNK)
-        total = total + checkpoint(_kl_sum, student[part], teacher[part], use_reentrant=False)
-    return total / max(student.shape[0], 1)
+    student, teacher = student_logits[..., :width].flatten(0, 1), teacher_logits[..., :width].flatten(0, 1)
+    loss: Tensor = _Divergence.apply(student, teacher)
+    return loss
 
 
-def _kl_sum(student: Tensor, teacher: Tensor) -> Tensor:
-    wide = torch.float64 if student.dtype == torch.float64 else torch.float32
-    expected = F.log_softmax(teacher.to(wide), dim=-1)
-    return F.kl_div(F.log_softmax(student.to(wide), dim=-1), expected, reduction="sum", log_target=True)
+class _Divergence(torch.autograd.Function):
+    """KL(teacher || student) of logits (N, V), averaged over N; d loss / d student = (q - p) / N."""
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor) -> Tensor:
+        wide = torch.float64 if student.dtype == torch.float64 else torch.float32
+        needs_grad = ctx.needs_input_grad[0]
+        gradient = torch.empty_like(student) if needs_grad else None
+        count = max(student.shape[0], 1)
+        total = student.new_zeros((), dtype=wide)
+        for start in range(0, student.shape[0], KL_CHUNK):
+            part = slice(start, start + KL_CHUNK)
+            log_p = F.log_softmax(teacher[part].to(wide), dim=-1)
+            log_q = F.log_softmax(student[part].to(wide), dim=-1)
+            p = log_p.exp()
+            total += log_p.sub_(log_q).mul_(p).sum()
+            if gradient is not None:
+                gradient[part] = log_q.exp_().sub_(p).div_(count)
+        if gradient is not None:
+            ctx.save_for_backward(gradient)
+        return total / count
+
+    @staticmethod
+    def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * d_loss.to(gradient.dtype), None
 
 
 def freeze_except(model: nn.Module, names: Iterable[str]) -> int:
@@ -213,6 +230,20 @@ def low_rank_updates(
         yield wrapped, count
     finally:
         wrapped.merge_and_unload()
+
+
+@contextmanager
+def scaled_rates(model: nn.Module, names: Iterable[str], scale: float) -> Iterator[None]:
+    """Multiplies the own rates (tags) of the named parameters while it is entered."""
+    parameters = dict(model.named_parameters())
+    tagged = [(parameters[name], getattr(parameters[name], "_lr_scale", 1.0)) for name in names]
+    for parameter, own in tagged:
+        parameter._lr_scale = own * scale  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        for parameter, own in tagged:
+            parameter._lr_scale = own  # type: ignore[attr-defined]
 
 
 def lora_size(model: MemoryLM, targets: Sequence[str]) -> int:

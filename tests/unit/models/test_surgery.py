@@ -76,6 +76,20 @@ def test_equals_the_source_while_the_sequence_fits_the_window() -> None:
     assert all(error > 0 for error in report.layer_errors.values())
 
 
+@pytest.mark.parametrize("is_broken", [False, True])
+def test_half_precision_is_compared_mixer_by_mixer_in_float32(is_broken: bool) -> None:
+    source = teacher().bfloat16()
+    student, report = convert_mixers(source, HYBRID)
+    if is_broken:
+        with torch.no_grad():
+            student.blocks[1].mixer.v_proj.weight.mul_(1.01)
+    check_parity(source, student, report, tokens())
+    check = next(check for check in report.checks if "window" in check.name)
+    assert "float32" in check.name
+    assert check.passed is not is_broken
+    assert check.bound == 1e-4
+
+
 def test_a_broken_copy_is_reported() -> None:
     source = teacher()
     student, report = convert_mixers(source, HYBRID)
