@@ -50,8 +50,8 @@ class LolcatsConfig(HeadsConfig):
         window: "sliding" or "terrace".
         feature_dim: F, half the number of features.
         is_affine: lam = 1 - gam instead of 1.
-        initial_window_share: gam at initialisation: 0.1 as released; with `is_affine` and 0.99 the layer starts close
-            to its window and sinks alone.
+        initial_window_share: gam at initialisation: 0.1 as released; with `is_affine` and 0.99 the layer
+            starts close to its window and sinks alone.
         memory_enabled: False leaves the linear part out (window and sinks only); weights keep their names.
         chunk_size: tokens per block of the parallel form of the linear part; changes speed, not numbers.
     """

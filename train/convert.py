@@ -52,13 +52,19 @@ class ConversionRecipe:
     Attributes:
         target: the new mixer, `{type: ..., ...}`; heads and positions come from the attention it replaces.
         layers: blocks to convert; None converts all.
-        texts, files: training text, bundled names and local files.
-        seq_len, batch_size: tokens per window, windows per step.
-        align_steps, align_lr: stage 1, trains only parameters that the source does not have.
-        tune_steps, tune_lr: stage 2, low-rank updates.
-        new_lr_scale: rate of the new parameters in stage 2 as a share of tune_lr; 0 freezes them.
-        lora_rank, lora_targets: size and place of the updates of the hybrid.
-        kl_weight, ce_weight: losses of stage 2.
+        texts: bundled training texts, by name.
+        files: local training texts.
+        seq_len: tokens of one window of text.
+        batch_size: windows per step.
+        align_steps: steps of stage 1, which trains only parameters that the source does not have.
+        align_lr: peak learning rate of stage 1.
+        tune_steps: steps of stage 2, which trains low-rank updates and the new parameters.
+        tune_lr: peak learning rate of stage 2.
+        new_lr_scale: rate of the new parameters in stage 2 as a multiple of tune_lr; 0 freezes them.
+        lora_rank: rank of the updates of the hybrid; the control gets the rank that matches its budget.
+        lora_targets: projections that are updated.
+        kl_weight: weight of the divergence from the teacher in stage 2.
+        ce_weight: weight of the cross-entropy of the next token in stage 2.
         seed: of initialisation and data order.
     """
 

@@ -181,9 +181,7 @@ def layer_errors(
     return errors
 
 
-def _mixer_difference(
-    source: MemoryLM, student: MemoryLM, layers: Sequence[int], tokens: Tensor
-) -> float:
+def _mixer_difference(source: MemoryLM, student: MemoryLM, layers: Sequence[int], tokens: Tensor) -> float:
     """Largest difference between old and new mixers over the largest output of the old one, in float32."""
     largest = 0.0
     hidden = source.embed_tokens(tokens)
