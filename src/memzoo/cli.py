@@ -37,7 +37,7 @@ COMMANDS: dict[str, Command] = {
         "memzoo.train.lightning_cli:run_training",
         takes_arguments=True,
     ),
-    "convert": Command("turn a pretrained model into a memory hybrid", "memzoo.train.convert:convert"),
+    "convert": Command("turn a pretrained model into a memory hybrid", "memzoo.train.commands:convert"),
     "evaluate": Command(
         "measure a model: perplexity by position, MQAR recall; compare two records",
         {
