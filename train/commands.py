@@ -492,7 +492,7 @@ def _read_yaml_config(source: str) -> Any:
 
     path = Path(source)
     if not path.is_file():
-        path = configs.find(source)
+        path = configs.find(source, "models")
     content = yaml.safe_load(path.read_text(encoding="utf-8"))
     if not isinstance(content, dict):
         raise ValueError(f"{source} must hold a mapping, got {type(content).__name__}.")

@@ -408,9 +408,14 @@ def read_recipe(name: str, **changes: Any) -> ConversionRecipe:
     """
     from .. import configs
 
-    path = Path(name) if Path(name).suffix in (".yaml", ".yml") else configs.find(f"convert/{name}")
+    path = (
+        Path(name) if Path(name).suffix in (".yaml", ".yml") else configs.find(f"convert/{name}", "convert")
+    )
     if not path.is_file():
-        raise ValueError(f"there is no recipe file {name!r} (looked in {Path.cwd()}). Check the path.")
+        raise ValueError(
+            f"there is no recipe file {name!r} (looked in {Path.cwd()}). Check the path. "
+            f"{configs.suggestion(name, 'convert')}"
+        )
     values = yaml.safe_load(path.read_text(encoding="utf-8"))
     if not isinstance(values, dict):
         raise ValueError(f"{name} must hold a mapping of recipe fields, got {type(values).__name__}.")
