@@ -30,6 +30,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from .checkpoints.errors import CheckpointError
 from .checkpoints.files import StrPath, verify_folder, write_folder
 from .checkpoints.folder import CONFIG_NAME, MODEL_TYPE, config_from_own
+from .checkpoints.safetensors_files import read_header
 from .config import ModelConfig
 from .decoder import DecoderBlock, MemoryLM, ModelState, parameter_tags, restore_parameter_tags
 
@@ -69,6 +70,16 @@ class MemoryConfig(PretrainedConfig):
         if memory is not None:
             kwargs["tie_word_embeddings"] = memory.tie_embeddings
         super().__init__(**kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """A config from the content of a `config.json`.
+
+        Raises:
+            CheckpointError: it does not describe a memory model.
+        """
+        config_from_own(config_dict, str(kwargs.get("name_or_path", "the config")))
+        return super().from_dict(config_dict, **kwargs)
 
     @property
     def model(self) -> ModelConfig:
@@ -347,13 +358,18 @@ class MemoryForCausalLM(PreTrainedModel, GenerationMixin):
         """
         folder = Path(str(pretrained_model_name_or_path))
         if folder.is_dir():
-            verify_folder(folder, required=True)
+            manifest = verify_folder(folder, required=True)
+            for name in manifest["files"] if manifest else ():
+                if name.endswith(".safetensors"):
+                    read_header(folder / name)
+        # of weights of other shapes it then lists the names, as of missing ones, and does not keep them
+        kwargs["ignore_mismatched_sizes"] = True
         wants_info = kwargs.pop("output_loading_info", False)
         model, info = super().from_pretrained(
             pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
         )
         for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-            names = sorted(str(name) for name in info.get(problem) or ())
+            names = sorted(map(_in_words, info.get(problem) or ()))
             if names:
                 raise CheckpointError(
                     f"{pretrained_model_name_or_path}: {problem.replace('_', ' ')}, first {names[0]} "
@@ -475,6 +491,14 @@ def save_model(model: MemoryLM, folder: StrPath, tokenizer: Any = None) -> None:
     MemoryForCausalLM.from_model(model, **ids).save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
+
+
+def _in_words(entry: Any) -> str:
+    """A weight that transformers complains of: its name, and both shapes where they differ."""
+    if isinstance(entry, str):
+        return entry
+    name, stored, expected = entry
+    return f"{name} of shape {tuple(stored)} instead of {tuple(expected)}"
 
 
 def _next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:

@@ -402,6 +402,32 @@ def test_our_own_folders_must_match_their_manifest(tmp_path):
         load_model(tmp_path)
 
 
+def test_contradictory_folders_are_refused_as_load_does(tmp_path):
+    """A manifest that fits is no proof: the folder may have been sealed with what is wrong."""
+    from memzoo.models.checkpoints.files import seal_folder
+
+    small_model().save_pretrained(tmp_path)
+    weights, config = tmp_path / "model.safetensors", tmp_path / "config.json"
+    values = json.loads(config.read_text())
+    bare = {name: value for name, value in values.items() if name != "memory"}
+    wider = {**values, "memory": {**values["memory"], "d_model": 32}}
+    whole = weights.read_bytes()
+    loaders = (transformers.AutoModelForCausalLM.from_pretrained, MemoryForCausalLM.from_pretrained)
+    for content, described, auto_message, own_message in (
+        (whole[:-100], values, "not a whole safetensors file", "not a whole safetensors file"),
+        (whole, bare, "has no 'memory' section", "has no 'memory' section"),
+        (whole, wider, r"of shape \(41, 16\) instead of \(41, 32\)", r"shape \(41, 16\)"),
+    ):
+        weights.write_bytes(content)
+        config.write_text(json.dumps(described))
+        seal_folder(tmp_path, ["config.json", "model.safetensors"])
+        for load in loaders:
+            with pytest.raises(CheckpointError, match=auto_message):
+                load(tmp_path)
+        with pytest.raises(CheckpointError, match=own_message):
+            load_model(tmp_path)
+
+
 def test_weights_of_another_model_are_refused(tmp_path):
     small_model().save_pretrained(tmp_path / "one")
     small_model(layers=[{"type": "attention"}]).save_pretrained(tmp_path / "two")
