@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from ..layers.contract import MixerConfig, check_choice, check_positive, suggest
+from ..layers.contract import MixerConfig, check_choice, check_positive, check_size, suggest
 from ..layers.registry import list_mixers, mixer_config, mixer_entry
 
 MLP_TYPES = ("swiglu", "gelu", "none")
@@ -266,6 +266,7 @@ def _check_mlp(entry: Any) -> None:
         raise ValueError(
             f"mlp {entry['type']!r} needs d_ff, an integer of at least 1, got {entry.get('d_ff')!r}."
         )
+    check_size("d_ff", width)
 
 
 def _plain(value: Any) -> Any:

@@ -30,6 +30,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from .checkpoints.errors import CheckpointError
 from .checkpoints.files import StrPath, verify_folder, write_folder
 from .checkpoints.folder import CONFIG_NAME, MODEL_TYPE, config_from_own
+from .checkpoints.safetensors_files import read_header
 from .config import ModelConfig
 from .decoder import DecoderBlock, MemoryLM, ModelState, parameter_tags, restore_parameter_tags
 
@@ -69,6 +70,16 @@ class MemoryConfig(PretrainedConfig):
         if memory is not None:
             kwargs["tie_word_embeddings"] = memory.tie_embeddings
         super().__init__(**kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """A config from the content of a `config.json`.
+
+        Raises:
+            CheckpointError: it does not describe a memory model.
+        """
+        config_from_own(config_dict, str(kwargs.get("name_or_path", "the config")))
+        return super().from_dict(config_dict, **kwargs)
 
     @property
     def model(self) -> ModelConfig:
@@ -127,7 +138,7 @@ class MemoryCache(Cache):
         """Never: the state changes its type and sizes as it pleases."""
         return False
 
-    def update_state(self, state: ModelState, num_columns: int) -> None:
+    def update_state(self, state: ModelState | None, num_columns: int) -> None:
         """Takes the state after `num_columns` further columns of input."""
         self.state = state
         self._num_columns += num_columns
@@ -239,7 +250,8 @@ class MemoryForCausalLM(PreTrainedModel, GenerationMixin):
             `loss` if labels were given, `logits` (B, T, V), `past_key_values`, `hidden_states`.
 
         Raises:
-            ValueError: inputs that do not fit each other, empty prompts, ids outside the vocabulary.
+            ValueError: inputs that do not fit each other, empty prompts, ids outside the vocabulary. Columns
+                that are padding in every row are let through beside a cache; their logits are 0.
         """
         if input_ids is None or inputs_embeds is not None:
             raise ValueError("memory models read token ids. Give input_ids and leave inputs_embeds out.")
@@ -264,6 +276,8 @@ class MemoryForCausalLM(PreTrainedModel, GenerationMixin):
         cache = past_key_values if past_key_values is not None else MemoryCache()
         hidden_states = None
         state = cache.state
+        if past_key_values is not None and labels is None and mask is not None and not bool(mask.any()):
+            return self._read_padding(input_ids, past_key_values, logits_to_keep, return_dict)
         is_step = num_columns == 1 and mask is None and use_cache and not output_hidden_states
         if is_step and state is not None:
             # the cache owns its state, so its memory may be reused; never under autograd
@@ -293,6 +307,17 @@ class MemoryForCausalLM(PreTrainedModel, GenerationMixin):
         )
         return result if return_dict or return_dict is None else result.to_tuple()
 
+    def _read_padding(
+        self, input_ids: Tensor, cache: MemoryCache, logits_to_keep: int, return_dict: bool | None
+    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
+        """The answer to columns that are padding in every row, which chunked prefill may meet."""
+        rows, num_columns = input_ids.shape
+        cache.update_state(cache.state, num_columns)
+        weight = self.model.embed_tokens.weight
+        logits = weight.new_zeros(rows, logits_to_keep or num_columns, weight.shape[0])
+        result = CausalLMOutputWithPast(logits=logits, past_key_values=cache)
+        return result if return_dict or return_dict is None else result.to_tuple()
+
     def generate(self, inputs: Tensor | None = None, generation_config: Any = None, **kwargs: Any) -> Any:
         """Greedy decoding, sampling and beam search, with batches of unequal left-padded prompts.
 
@@ -302,15 +327,17 @@ class MemoryForCausalLM(PreTrainedModel, GenerationMixin):
             kwargs: see transformers.
 
         Raises:
-            ValueError: a mode that a memory cannot serve (it is named), an empty prompt, or one that
-                `past_key_values` has read to its end.
+            ValueError: a mode that a memory cannot serve (it is named), an empty prompt, one that
+                `past_key_values` has read to its end, or `prefill_chunk_size` with padding on the right.
         """
+
+        def values_of(name: str) -> list[Any]:
+            if name in kwargs:
+                return [kwargs[name]]
+            return [getattr(source, name, None) for source in (generation_config, self.generation_config)]
+
         for name, mode in _REFUSED.items():
-            values = [kwargs.get(name)]
-            if name not in kwargs:
-                values += [
-                    getattr(source, name, None) for source in (generation_config, self.generation_config)
-                ]
+            values = values_of(name)
             if any(value is not None and value is not False and value != 1 for value in values):
                 raise ValueError(
                     f"{name} asks for {mode}, which memory models do not support. "
@@ -322,6 +349,11 @@ class MemoryForCausalLM(PreTrainedModel, GenerationMixin):
             is_empty = prompt.shape[-1] == 0 or (mask is not None and not bool(mask.bool().any(-1).all()))
             if is_empty:
                 raise ValueError("a prompt is empty. Give at least one token, the bos token for instance.")
+            if mask is not None and any(values_of("prefill_chunk_size")) and not bool(mask[..., -1].all()):
+                raise ValueError(
+                    "prefill_chunk_size needs prompts that are padded on the left, but a row of "
+                    "attention_mask ends with padding. Pad on the left, or leave prefill_chunk_size out."
+                )
             cache = kwargs.get("past_key_values")
             num_read = cache.get_seq_length() if isinstance(cache, MemoryCache) else 0
             # new tokens alone are told by a mask that covers the read ones too
@@ -347,13 +379,18 @@ class MemoryForCausalLM(PreTrainedModel, GenerationMixin):
         """
         folder = Path(str(pretrained_model_name_or_path))
         if folder.is_dir():
-            verify_folder(folder, required=True)
+            manifest = verify_folder(folder, required=True)
+            for name in manifest["files"] if manifest else ():
+                if name.endswith(".safetensors"):
+                    read_header(folder / name)
+        # of weights of other shapes it then lists the names, as of missing ones, and does not keep them
+        kwargs["ignore_mismatched_sizes"] = True
         wants_info = kwargs.pop("output_loading_info", False)
         model, info = super().from_pretrained(
             pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
         )
         for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-            names = sorted(str(name) for name in info.get(problem) or ())
+            names = sorted(map(_in_words, info.get(problem) or ()))
             if names:
                 raise CheckpointError(
                     f"{pretrained_model_name_or_path}: {problem.replace('_', ' ')}, first {names[0]} "
@@ -475,6 +512,14 @@ def save_model(model: MemoryLM, folder: StrPath, tokenizer: Any = None) -> None:
     MemoryForCausalLM.from_model(model, **ids).save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
+
+
+def _in_words(entry: Any) -> str:
+    """A weight that transformers complains of: its name, and both shapes where they differ."""
+    if isinstance(entry, str):
+        return entry
+    name, stored, expected = entry
+    return f"{name} of shape {tuple(stored)} instead of {tuple(expected)}"
 
 
 def _next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:

@@ -166,6 +166,76 @@ def compare(a: str, b: str, confidence: float = 0.95, output: str | None = None)
     )
 
 
+def convert(
+    source: str,
+    output: str,
+    recipe: str = "lolcats",
+    control: bool = True,
+    books: Sequence[str] = ("moby_dick", "emma"),
+    num_windows: int = 8,
+    seed: int | None = None,
+    align_steps: int | None = None,
+    tune_steps: int | None = None,
+    accelerator: str = "auto",
+) -> str:
+    """Convert a pretrained model into a memory hybrid, tune it, and measure it beside its controls.
+
+    Args:
+        source: folder of a Llama-style model, a .gguf file, or "smollm2-135m" (fetched once into the cache).
+        output: folder for the results: `hybrid/` (and `control/`) as Hugging Face folders, `report.json`.
+        recipe: name of a shipped recipe (configs/convert) or a YAML file.
+        control: also train the control, a window with the same sinks, budget, tokens and seed but no memory.
+        books: bundled texts for the comparison; an empty list leaves it out.
+        num_windows: windows of 1,024 tokens of each book.
+        seed: replaces the seed of the recipe.
+        align_steps: replaces the number of alignment steps of the recipe.
+        tune_steps: replaces the number of tune steps of the recipe.
+        accelerator: where to train, as Lightning names it.
+    """
+    from ..models.checkpoints.folder import load_model, read_model_config
+    from ..models.hf import save_model
+    from ..records import results_folder, write_record
+    from .comparison import comparison_results, comparison_table
+    from .convert import (
+        FIRST_TOKEN,
+        WINDOW_SIZE,
+        book_tokens,
+        check_recipe,
+        convert_and_compare,
+        read_recipe,
+        recipe_dict,
+    )
+    from .data.tokenizers import load_tokenizer
+    from .evaluate import window_starts
+
+    chosen = read_recipe(recipe, seed=seed, align_steps=align_steps, tune_steps=tune_steps)
+    place = _checkpoint(source)
+    # all that can be wrong is found before the weights are read
+    check_recipe(chosen, read_model_config(place))
+    folder = results_folder(output)
+    for name in ("hybrid", "control") if control else ("hybrid",):
+        results_folder(folder / name)
+    _check_output(str(folder / "report.json"))
+    tokenizer = load_tokenizer(place)
+    tokens = {book: book_tokens(tokenizer, book) for book in books}
+    for ids in tokens.values():
+        window_starts(len(ids), WINDOW_SIZE, num_windows, FIRST_TOKEN)
+    rows, hybrid, _ = convert_and_compare(
+        load_model(place).eval(),
+        place,
+        chosen,
+        tokens=tokens,
+        num_windows=num_windows,
+        with_control=control,
+        accelerator=accelerator,
+        # saved as soon as it is trained, so that a later failure loses nothing
+        on_trained=lambda name, conversion: save_model(conversion.model, folder / name, tokenizer),
+    )
+    results = comparison_results(rows) | {"report": hybrid.report.to_dict()}
+    write_record(folder / "report.json", name="convert", config=recipe_dict(chosen), results=results)
+    return comparison_table(rows)
+
+
 def generate(
     model: str,
     prompt: str,
@@ -422,7 +492,7 @@ def _read_yaml_config(source: str) -> Any:
 
     path = Path(source)
     if not path.is_file():
-        path = configs.find(source)
+        path = configs.find(source, "models")
     content = yaml.safe_load(path.read_text(encoding="utf-8"))
     if not isinstance(content, dict):
         raise ValueError(f"{source} must hold a mapping, got {type(content).__name__}.")

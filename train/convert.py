@@ -26,23 +26,24 @@ from torch import Tensor
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from ..layers.contract import suggest
-from ..models.checkpoints.fetch import fetch_smollm2
-from ..models.checkpoints.folder import load_model
-from ..models.conversion import ParityReport, check_parity, convert_mixers
+from ..layers.registry import mixer_entry
+from ..models.config import ModelConfig
+from ..models.conversion import ParityReport, check_parity, convert_mixers, converted_config
 from ..models.decoder import MemoryLM
-from ..models.hf import save_model
-from ..records import results_folder, write_record
 from .callbacks import TrainingProgress
-from .comparison import Row, comparison_results, comparison_table
+from .comparison import Row
 from .data.batches import TokenBatch
-from .data.text import TextDataModule, encode_documents
+from .data.text import TextDataModule, check_text_file, encode_documents
 from .data.texts import load_text
-from .data.tokenizers import load_tokenizer
 from .distillation import AlignmentModule, DistillModule, lora_size, low_rank_updates, scaled_rates
 from .evaluate import position_losses
 from .optim import OptimizerConfig
 
 logger = logging.getLogger(__name__)
+
+# of the comparison: tokens per window, and the token of each book at which the first window starts
+WINDOW_SIZE = 1024
+FIRST_TOKEN = 8192
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +89,11 @@ class ConversionRecipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if not isinstance(self.target, Mapping):
+            raise ValueError(
+                f"the target of a conversion must be a mapping with a type, got {self.target!r}. "
+                "Write {type: ..., ...}."
+            )
         if "type" not in self.target:
             raise ValueError(f"the target of a conversion needs a type, got the keys {sorted(self.target)}.")
         for name in ("seq_len", "batch_size"):
@@ -215,11 +221,20 @@ def run_control(
 
 
 def window_only(target: Mapping[str, Any], num_sinks: int | None = None) -> dict[str, Any]:
-    """The memoryless mixer with the window and the sinks of a target."""
-    if "window_size" not in target:
-        raise ValueError(f"the control needs a target with a window_size. {suggest('window_size', target)}")
-    sinks = target.get("num_sinks", 0) if num_sinks is None else num_sinks
-    return {"type": "sliding_window", "window_size": target["window_size"], "num_sinks": sinks}
+    """The memoryless mixer with the window and the sinks of a target, defaults of its type included.
+
+    Raises:
+        ValueError: an unknown type, or one without a window.
+    """
+    entry = mixer_entry(str(target.get("type")))
+    values = {item.name: item.default for item in fields(entry.config)} | {**entry.preset, **target}
+    if not isinstance(values.get("window_size"), int):
+        raise ValueError(
+            f"the target {dict(target)} has no window_size, which the rows without memory and the control "
+            "are made from. Add window_size, or choose a mixer that has one, such as lolcats."
+        )
+    sinks = values.get("num_sinks", 0) if num_sinks is None else num_sinks
+    return {"type": "sliding_window", "window_size": values["window_size"], "num_sinks": sinks}
 
 
 def _tune(
@@ -296,54 +311,6 @@ def recipe_dict(recipe: ConversionRecipe) -> dict[str, Any]:
     return asdict(recipe) | {"target": dict(recipe.target)}
 
 
-def convert(
-    source: str,
-    output: str,
-    recipe: str = "lolcats",
-    control: bool = True,
-    books: Sequence[str] = ("moby_dick", "emma"),
-    num_windows: int = 8,
-    seed: int | None = None,
-    align_steps: int | None = None,
-    tune_steps: int | None = None,
-    accelerator: str = "auto",
-) -> str:
-    """Convert a pretrained model into a memory hybrid, tune it, and measure it beside its controls.
-
-    Args:
-        source: folder of a Llama-style model, a .gguf file, or "smollm2-135m" (fetched once into the cache).
-        output: folder for the results: `hybrid/` (and `control/`) as Hugging Face folders, `report.json`.
-        recipe: name of a shipped recipe (configs/convert) or a YAML file.
-        control: also train the control, a window with the same sinks, budget, tokens and seed but no memory.
-        books: bundled texts for the comparison; an empty list leaves it out.
-        num_windows: windows of 1,024 tokens of each book.
-        seed: replaces the seed of the recipe.
-        align_steps: replaces the number of alignment steps of the recipe.
-        tune_steps: replaces the number of tune steps of the recipe.
-        accelerator: where to train, as Lightning names it.
-    """
-    chosen = read_recipe(recipe, seed=seed, align_steps=align_steps, tune_steps=tune_steps)
-    folder = results_folder(output)
-    if source == "smollm2-135m":
-        source = str(fetch_smollm2())
-    teacher = load_model(source).eval()
-    tokenizer = load_tokenizer(source)
-    rows, hybrid, _ = convert_and_compare(
-        teacher,
-        source,
-        chosen,
-        tokens={book: book_tokens(tokenizer, book) for book in books},
-        num_windows=num_windows,
-        with_control=control,
-        accelerator=accelerator,
-        # saved as soon as it is trained, so that a later failure loses nothing
-        on_trained=lambda name, conversion: save_model(conversion.model, folder / name, tokenizer),
-    )
-    results = comparison_results(rows) | {"report": hybrid.report.to_dict()}
-    write_record(folder / "report.json", name="convert", config=recipe_dict(chosen), results=results)
-    return comparison_table(rows)
-
-
 def convert_and_compare(
     teacher: MemoryLM,
     tokenizer: str,
@@ -351,8 +318,8 @@ def convert_and_compare(
     *,
     tokens: Mapping[str, Tensor],
     num_windows: int = 8,
-    window_size: int = 1024,
-    first_token: int = 8192,
+    window_size: int = WINDOW_SIZE,
+    first_token: int = FIRST_TOKEN,
     with_control: bool = True,
     progress: bool = True,
     accelerator: str = "auto",
@@ -391,13 +358,14 @@ def convert_and_compare(
         if losses:
             logger.info("%s: perplexity %s", name, {b: round(x.perplexity, 2) for b, x in losses.items()})
 
-    size, sinks = int(recipe.target["window_size"]), int(recipe.target.get("num_sinks", 0))
+    window = window_only(recipe.target)
+    size, sinks = window["window_size"], window["num_sinks"]
     measure("teacher, full attention", teacher)
     measure(f"window {size}", convert_mixers(teacher, window_only(recipe.target, 0), recipe.layers)[0])
     if sinks:
         measure(
             f"window {size} + {sinks} sinks",
-            convert_mixers(teacher, window_only(recipe.target), recipe.layers)[0],
+            convert_mixers(teacher, window, recipe.layers)[0],
         )
     seed_everything(recipe.seed, verbose=False)
     measure("hybrid before training", convert_mixers(teacher, recipe.target, recipe.layers)[0])
@@ -425,7 +393,10 @@ def memory_off(model: MemoryLM) -> Iterator[None]:
     """
     switched = [block.mixer for block in model.blocks if getattr(block.mixer, "memory_enabled", False)]
     if not switched:
-        raise ValueError("no mixer of this model has a memory branch that can be switched off.")
+        raise ValueError(
+            "no mixer of this model has a memory branch that can be switched off. "
+            "Use mixers that have one, such as lolcats."
+        )
     for mixer in switched:
         mixer.memory_enabled = False  # type: ignore[assignment]  # a switch of the mixers that have it
     try:
@@ -443,9 +414,14 @@ def read_recipe(name: str, **changes: Any) -> ConversionRecipe:
     """
     from .. import configs
 
-    path = Path(name) if Path(name).suffix in (".yaml", ".yml") else configs.find(f"convert/{name}")
+    path = (
+        Path(name) if Path(name).suffix in (".yaml", ".yml") else configs.find(f"convert/{name}", "convert")
+    )
     if not path.is_file():
-        raise ValueError(f"there is no recipe file {name!r} (looked in {Path.cwd()}). Check the path.")
+        raise ValueError(
+            f"there is no recipe file {name!r} (looked in {Path.cwd()}). Check the path. "
+            f"{configs.suggestion(name, 'convert')}"
+        )
     values = yaml.safe_load(path.read_text(encoding="utf-8"))
     if not isinstance(values, dict):
         raise ValueError(f"{name} must hold a mapping of recipe fields, got {type(values).__name__}.")
@@ -456,6 +432,33 @@ def read_recipe(name: str, **changes: Any) -> ConversionRecipe:
     return ConversionRecipe(
         **{**values, **{key: value for key, value in changes.items() if value is not None}}
     )
+
+
+def check_recipe(recipe: ConversionRecipe, source: ModelConfig) -> None:
+    """Refuses a recipe that does not fit a model, before any work: all its models are built without weights.
+
+    Args:
+        source: the config of the model to convert.
+
+    Raises:
+        ValueError: layers outside the model, a target that is no valid mixer or lacks a window or a memory
+            that can be switched off, projections that no layer has, or a training text that is not there.
+    """
+    window = MemoryLM(converted_config(source, window_only(recipe.target), recipe.layers), device="meta")
+    hybrid = MemoryLM(converted_config(source, recipe.target, recipe.layers), device="meta")
+    with memory_off(hybrid):
+        pass
+    for model in (hybrid, window):
+        if not lora_size(model, recipe.lora_targets):
+            names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+            raise ValueError(
+                f"lora_targets {list(recipe.lora_targets)} name no linear layer of the converted model. "
+                f"{suggest(str(next(iter(recipe.lora_targets), '')), names)}"
+            )
+    for name in recipe.texts:
+        load_text(name)
+    for file in recipe.files:
+        check_text_file(file)
 
 
 def book_tokens(tokenizer: Any, name: str) -> Tensor:

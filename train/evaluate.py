@@ -128,21 +128,11 @@ def position_losses(
     """
     if tokens.dim() != 1:
         raise ValueError(f"tokens must be one document of shape (L,), got {tuple(tokens.shape)}.")
-    for name, value in (("window_size", window_size), ("chunk_size", chunk_size)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}.")
-    if first_token < 0 or (num_windows is not None and num_windows < 1):
-        raise ValueError(f"need first_token >= 0 and num_windows >= 1, got {first_token} and {num_windows}.")
-    fitting = max(len(tokens) - 1 - first_token, 0) // window_size
-    wanted = fitting if num_windows is None else num_windows
-    if wanted < 1 or wanted > fitting:
-        raise ValueError(
-            f"the document has {len(tokens)} tokens, room for {fitting} windows of {window_size} from "
-            f"token {first_token} on; {max(wanted, 1)} were asked for. Use fewer or shorter windows."
-        )
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1, got {chunk_size}.")
+    starts = window_starts(len(tokens), window_size, num_windows, first_token)
     device = model.embed_tokens.weight.device
-    starts = tuple(first_token + number * window_size for number in range(wanted))
-    losses = torch.empty(wanted, window_size)
+    losses = torch.empty(len(starts), window_size)
     was_training = model.training
     model.eval()
     clock = time.monotonic()
@@ -151,10 +141,32 @@ def position_losses(
             window = tokens[start : start + window_size + 1].to(device)
             losses[number] = _window_losses(model, window, chunk_size)
             if on_window is not None:
-                on_window(number + 1, wanted)
+                on_window(number + 1, len(starts))
     finally:
         model.train(was_training)
     return PositionLosses(losses, starts, time.monotonic() - clock)
+
+
+def window_starts(
+    num_tokens: int, window_size: int, num_windows: int | None = None, first_token: int = 0
+) -> tuple[int, ...]:
+    """Where the windows of a document start; arguments as in `position_losses`.
+
+    Raises:
+        ValueError: sizes out of range, or a document that is too short for the windows asked for.
+    """
+    if window_size < 1:
+        raise ValueError(f"window_size must be at least 1, got {window_size}.")
+    if first_token < 0 or (num_windows is not None and num_windows < 1):
+        raise ValueError(f"need first_token >= 0 and num_windows >= 1, got {first_token} and {num_windows}.")
+    fitting = max(num_tokens - 1 - first_token, 0) // window_size
+    wanted = fitting if num_windows is None else num_windows
+    if wanted < 1 or wanted > fitting:
+        raise ValueError(
+            f"the document has {num_tokens} tokens, room for {fitting} windows of {window_size} from "
+            f"token {first_token} on; {max(wanted, 1)} were asked for. Use fewer or shorter windows."
+        )
+    return tuple(first_token + number * window_size for number in range(wanted))
 
 
 def _window_losses(model: MemoryLM, window: Tensor, chunk_size: int) -> Tensor:

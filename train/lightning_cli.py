@@ -10,6 +10,7 @@ from __future__ import annotations
 import collections.abc
 import dataclasses
 import importlib
+import signal
 import types as types_module
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
@@ -121,6 +122,30 @@ class TrainCLI(LightningCLI):
             section[name]["type"] = value
         section["output"] = output
 
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Run it; an interrupt says what is left of the run."""
+        handler = signal.getsignal(signal.SIGINT)
+        try:
+            super()._run_subcommand(subcommand)
+        except SystemExit as stop:
+            # Lightning turns an interrupt into an exit, and ignores further ones while it cleans up
+            if not isinstance(stop.__context__, KeyboardInterrupt):
+                raise
+            signal.signal(signal.SIGINT, handler)
+            raise KeyboardInterrupt(self._what_is_left(subcommand)) from None
+
+    def _what_is_left(self, subcommand: str) -> str:
+        if subcommand != "fit":
+            return f"before the end of {subcommand}"
+        if self.trainer.global_step == 0:
+            return "before the first step; no model was written"
+        callback = self.trainer.checkpoint_callback
+        saved = getattr(callback, "last_model_path", "") or getattr(callback, "best_model_path", "")
+        done = f"after step {self.trainer.global_step}; no model was written"
+        if not saved:
+            return f"{done} and there is no checkpoint to go on from"
+        return f"{done}. Go on from the last checkpoint with --ckpt_path {saved}"
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The Trainer, with our progress line (unless the user names a bar) and the final folder."""
         trainer_config = self._get(self.config_init, "trainer", default={})
@@ -152,9 +177,7 @@ class _Parser(LightningArgumentParser):
 
 def run_training(args: Sequence[str]) -> None:
     """Run ``memzoo train`` with these arguments, for example ``["fit", "--config", "run.yaml"]``."""
-    if args and not args[0].startswith("-") and args[0] not in _SUBCOMMANDS:
-        raise ValueError(f"memzoo train knows no command {args[0]!r}. {suggest(args[0], _SUBCOMMANDS)}")
-    TrainCLI(configs.with_files(args))
+    TrainCLI(configs.with_files(args, "train"))
 
 
 def chosen_types(args: Sequence[str]) -> dict[str, str]:
@@ -338,7 +361,8 @@ def _config_files(args: Sequence[str]) -> list[tuple[str, Mapping[str, Any]]]:
         path = Path(value)
         if not path.is_file():
             raise ValueError(
-                f"there is no configuration file {value!r} (looked in {Path.cwd()}). Check the path."
+                f"there is no configuration file {value!r} (looked in {Path.cwd()}). Check the path. "
+                f"{configs.suggestion(value, 'train')}"
             )
         try:
             content = yaml.safe_load(path.read_text(encoding="utf-8"))

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from ..autograd import without_autocast
 from ..backend import choose_backend
 from ..checks import check_dtypes, check_rank
 from ..layout import sequence_lengths
@@ -100,7 +101,7 @@ def attention(
             eligible = ("sdpa", *eligible)
     chosen = choose_backend("attention", backend, eligible)
     # scores keep their precision and the output its dtype: autocast must not round the matmuls
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q.device):
         if chosen == "sdpa":
             return AttentionOutput(attention_sdpa(q, k, v, scale), None, None)
         if chosen == "flash_attn":
@@ -182,7 +183,7 @@ def decode_attention(
         )
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     chosen = choose_backend("decode_attention", backend, ("torch",))
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q.device):
         if chosen == "reference":
             result = decode_attention_reference(q, k, v, valid, scale=scale)
             return result if return_stats else AttentionOutput(result.output, None, None)

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from ..autograd import without_autocast
 from ..backend import choose_backend
 from ..checks import check_dtypes, check_rank
 from ..layout import sequence_lengths
@@ -98,7 +99,7 @@ def linear_attention(
     eligible = ("fla", "torch") if can_run_fla(q, k, v, normalize) else ("torch",)
     chosen = choose_backend("linear_attention", backend, eligible)
     # sums stay in the accumulation dtype: autocast must not round the matmuls that make them
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q.device):
         if chosen == "reference":
             output, state = linear_attention_reference(
                 q, k, v, g, lengths, normalize=normalize, scale=scale, eps=eps, initial_state=initial_state

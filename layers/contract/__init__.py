@@ -1,6 +1,6 @@
 """What every token mixer obeys: base class, state, context, configuration, probe."""
 
-from .config import MixerConfig, check_choice, check_positive, suggest
+from .config import MixerConfig, check_choice, check_positive, check_size, suggest
 from .context import SequenceContext, build_context
 from .mixer import LayerOutput, TokenMixer, config_span, tag_parameter
 from .probe import is_probing, probe, record
@@ -15,6 +15,7 @@ __all__ = [
     "build_context",
     "check_choice",
     "check_positive",
+    "check_size",
     "config_span",
     "host_field",
     "is_probing",

@@ -9,6 +9,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+MAX_SIZE = 2**31 - 1  # of anything that becomes a dimension of a tensor
+
 ConfigT = TypeVar("ConfigT", bound="MixerConfig")
 
 
@@ -20,11 +22,18 @@ def suggest(name: str, known: Iterable[str]) -> str:
 
 
 def check_positive(config: object, *names: str) -> None:
-    """Raises ValueError unless each named field of `config` is an integer of at least 1."""
+    """Raises ValueError unless each named field of `config` is an integer from 1 to `MAX_SIZE`."""
     for name in names:
         value = getattr(config, name)
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} must be an integer of at least 1, got {value!r}.")
+        check_size(name, value)
+
+
+def check_size(name: str, value: int) -> None:
+    """Raises ValueError for a size that no tensor can have, on which torch would stop with an overflow."""
+    if value > MAX_SIZE:
+        raise ValueError(f"{name} must be at most {MAX_SIZE:,}, got {value:,}. Give a smaller size.")
 
 
 def check_choice(name: str, value: str, known: Iterable[str]) -> None:

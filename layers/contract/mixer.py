@@ -151,8 +151,8 @@ class TokenMixer(nn.Module):
             return_extras: also return what whole-model losses need.
 
         Raises:
-            ValueError: shapes, state, mask and boundaries do not fit each other, or a needed stream is
-                missing.
+            ValueError: shapes, state, mask and boundaries do not fit each other, x and the weights differ in
+                dtype while autocast is off, or a needed stream is missing.
         """
         self._check_input(x, 3, "(B, T, d_model)")
         self._check_streams(streams)
@@ -265,6 +265,25 @@ class TokenMixer(nn.Module):
                 f"{type(self).__name__} expects {shape} with d_model={self.d_model}, got {tuple(x.shape)}. "
                 "Reshape the input or build the mixer with its width."
             )
+        weight = next(self.parameters(), None)
+        if weight is not None and weight.dtype != x.dtype and not torch.compiler.is_compiling():
+            self._check_dtype(x)
+
+    def _check_dtype(self, x: Tensor) -> None:
+        """Names both dtypes where torch would stop at the first product."""
+        dtypes = {parameter.dtype for parameter in self.parameters()}
+        # wrapped projections have several dtypes; quantised ones know themselves what they take
+        if x.dtype in dtypes or not all(dtype.is_floating_point for dtype in dtypes):
+            return
+        # autocast aligns all floating dtypes but float64
+        is_castable = x.is_floating_point() and torch.float64 not in {x.dtype, *dtypes}
+        if is_castable and x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
+            return
+        names = " and ".join(sorted(map(str, dtypes)))
+        raise ValueError(
+            f"the input of {type(self).__name__} is {x.dtype}, its weights are {names}. "
+            "Convert one of them: x.to(dtype), mixer.to(dtype)."
+        )
 
     def _check_streams(self, streams: Mapping[str, Tensor] | None) -> None:
         missing = self.needs - set(streams or {})

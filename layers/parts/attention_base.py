@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..contract import MixerConfig, SequenceContext, TokenMixer, check_positive
+from ..contract import MixerConfig, SequenceContext, TokenMixer, check_positive, check_size
 from .norm import RMSNorm
 from .rotary import Rotary
 
@@ -127,6 +127,8 @@ def check_window(window_size: int, num_sinks: int) -> None:
         )
     if isinstance(num_sinks, bool) or not isinstance(num_sinks, int) or num_sinks < 0:
         raise ValueError(f"num_sinks must be an integer of at least 0, got {num_sinks!r}.")
+    check_size("window_size", window_size)
+    check_size("num_sinks", num_sinks)
 
 
 def overridden_window(

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ...kernels.autograd import without_autocast
 from ..contract import check_choice, suggest, tag_parameter
 
 # Dimensions: H heads, D width of a raw head (d in formulas), K features, F width of a projection, G group
@@ -60,7 +61,7 @@ class FeatureMap(nn.Module):
                 "Build it with the width of the projected queries and keys."
             )
         wide = x if x.dtype == torch.float64 else x.float()
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device):
             return self._features(wide).to(x.dtype)
 
     def _features(self, x: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ...layers.registry import mixer_entry
+from ..config import ModelConfig
 from ..decoder import MemoryLM
 
 
@@ -76,6 +77,36 @@ class ParityReport:
             raise ValueError(f"the converted model does not agree with its source: {listed}.")
 
 
+def converted_config(
+    source: ModelConfig, target: Mapping[str, Any], layers: Sequence[int] | None = None
+) -> ModelConfig:
+    """The config of the model that `convert_mixers` makes of a model with the config `source`.
+
+    Raises:
+        ValueError: as `convert_mixers`.
+    """
+    chosen = list(range(source.depth))
+    if layers is not None:
+        valid = isinstance(layers, Sequence) and all(
+            isinstance(index, int) and 0 <= index < source.depth for index in layers
+        )
+        if not valid or len(set(layers)) != len(layers):
+            raise ValueError(
+                f"layers to convert must be distinct numbers from 0 to {source.depth - 1}, got {layers!r}. "
+                "Leave layers out to convert all."
+            )
+        chosen = list(layers)
+    known = {item.name for item in dataclasses.fields(mixer_entry(str(target.get("type"))).config)}
+    entries = {}
+    for index in chosen:
+        old = source.mixers[index].to_dict()
+        inherited = {
+            name: value for name, value in old.items() if name in known and name not in ("type", "d_model")
+        }
+        entries[index] = {**inherited, **copy.deepcopy(dict(target))}
+    return source.replace_mixers(entries)
+
+
 def convert_mixers(
     source: MemoryLM, target: Mapping[str, Any], layers: Sequence[int] | None = None
 ) -> tuple[MemoryLM, ParityReport]:
@@ -95,21 +126,8 @@ def convert_mixers(
     Raises:
         ValueError: a block number outside the model or given twice, or an entry that is no valid mixer.
     """
-    depth = source.config.depth
-    chosen = list(range(depth)) if layers is None else sorted(layers)
-    if len(set(chosen)) != len(chosen) or any(not 0 <= index < depth for index in chosen):
-        raise ValueError(
-            f"layers to convert must be distinct numbers from 0 to {depth - 1}, got {list(layers or [])}."
-        )
-    known = {item.name for item in dataclasses.fields(mixer_entry(str(target.get("type"))).config)}
-    entries = {}
-    for index in chosen:
-        old = source.config.mixers[index].to_dict()
-        inherited = {
-            name: value for name, value in old.items() if name in known and name not in ("type", "d_model")
-        }
-        entries[index] = {**inherited, **copy.deepcopy(dict(target))}
-    config = source.config.replace_mixers(entries)
+    config = converted_config(source.config, target, layers)
+    chosen = list(range(config.depth)) if layers is None else sorted(layers)
     device, dtype = source.embed_tokens.weight.device, source.embed_tokens.weight.dtype
     student = MemoryLM(config).to(device=device, dtype=dtype)
     report = _copy_weights(source, student, chosen)

@@ -48,18 +48,18 @@ def load(
 def convert(
     source: str | os.PathLike[str], output: str | os.PathLike[str], recipe: str = "lolcats", **options: Any
 ) -> str:
-    """Converts a pretrained model into a memory hybrid and measures it; see `memzoo.train.convert.convert`.
+    """Converts a pretrained model into a memory hybrid and measures it; see `memzoo.train.commands.convert`.
 
     Args:
         source: folder of a Llama-style model, a .gguf file, or "smollm2-135m" (fetched once into the cache).
         output: folder for `hybrid/`, `control/` and `report.json`.
         recipe: a shipped recipe or a YAML file.
-        options: further arguments of `memzoo.train.convert.convert`.
+        options: further arguments of `memzoo.train.commands.convert`.
 
     Returns:
         the comparison as a table.
     """
-    from .train.convert import convert as run
+    from .train.commands import convert as run
 
     return run(os.fspath(source), os.fspath(output), recipe, **options)
 

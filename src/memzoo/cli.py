@@ -23,7 +23,8 @@ class Command:
     Attributes:
         summary: the line in `memzoo --help`.
         target: `module:function`, or a mapping from sub-command to such a target.
-        takes_arguments: the function parses the arguments by itself instead of having its signature read.
+        takes_arguments: the functions parse the arguments by themselves, the sub-command included, instead of
+            having their signatures read.
     """
 
     summary: str
@@ -34,10 +35,10 @@ class Command:
 COMMANDS: dict[str, Command] = {
     "train": Command(
         "train, validate or test a model described in YAML (fit, validate, test)",
-        "memzoo.train.lightning_cli:run_training",
+        dict.fromkeys(("fit", "validate", "test"), "memzoo.train.lightning_cli:run_training"),
         takes_arguments=True,
     ),
-    "convert": Command("turn a pretrained model into a memory hybrid", "memzoo.train.convert:convert"),
+    "convert": Command("turn a pretrained model into a memory hybrid", "memzoo.train.commands:convert"),
     "evaluate": Command(
         "measure a model: perplexity by position, MQAR recall; compare two records",
         {
@@ -79,8 +80,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     try:
         return run_command(args[0], args[1:])
-    except KeyboardInterrupt:
-        sys.stderr.write("\nmemzoo: interrupted\n")
+    except KeyboardInterrupt as stop:
+        # a run that has begun says itself what is left of it
+        left = "before the first step; nothing was written" if args[0] == "train" else ""
+        sys.stderr.write(f"\nmemzoo: interrupted {str(stop) or left}".rstrip() + "\n")
         return 130
     except BrokenPipeError:
         # The reader of our output went away (`memzoo list | head`); there is nobody left to tell.
@@ -112,26 +115,45 @@ def run_command(name: str, args: Sequence[str]) -> int:
         raise ValueError(f"there is no command {name!r}. {_suggest(name, list(COMMANDS))}")
     _quieten()
     command = COMMANDS[name]
-    args = configs.with_files(args)
-    if command.takes_arguments:
-        assert isinstance(command.target, str)
-        result = _load(command.target)(list(args))
-    else:
-        result = _run_typed(name, command.target, list(args))
+    target = command.target
+    args = configs.with_files(args, name)
+    if isinstance(target, Mapping):
+        if not args or args[0] in ("-h", "--help"):
+            sys.stdout.write(_choices(name, target))
+            return 0
+        if args[0] not in target:
+            raise ValueError(f"memzoo {name} knows no {args[0]!r}. {_suggest(args[0], list(target))}")
+        target = target[args[0]]
+        if not command.takes_arguments:
+            name, args = f"{name} {args[0]}", args[1:]
+    result = _load(target)(args) if command.takes_arguments else _run_typed(name, target, args)
     if result is not None:
         sys.stdout.write(f"{result}\n")
     return 0
 
 
 def _quieten() -> None:
-    """Drop what Lightning says that is neither about this run nor to be acted upon."""
+    """Drop what Lightning says that is not about this run, not to be acted upon, or said by us."""
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
     warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\).*")
+    dropped = ("Tip:", "Detected KeyboardInterrupt")
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
-        logging.getLogger(name).addFilter(lambda record: "Tip:" not in record.getMessage())
+        logging.getLogger(name).addFilter(
+            lambda record: not any(words in record.getMessage() for words in dropped)
+        )
 
 
-def _run_typed(name: str, target: str | Mapping[str, str], args: list[str]) -> Any:
+def _choices(name: str, subcommands: Mapping[str, str]) -> str:
+    """The help of a command that has sub-commands; it loads nothing."""
+    summary = COMMANDS[name].summary
+    lines = "".join(f"  memzoo {name} {choice} --help\n" for choice in subcommands)
+    return (
+        f"usage: memzoo {name} {{{','.join(subcommands)}}} [ARGUMENTS]\n\n"
+        f"{summary[0].upper()}{summary[1:]}.\n\n{lines}"
+    )
+
+
+def _run_typed(name: str, target: str, args: list[str]) -> Any:
     """Read the arguments from the signature of a function and call it."""
     from jsonargparse import ArgumentError, ArgumentParser, auto_cli
 
@@ -139,13 +161,6 @@ def _run_typed(name: str, target: str | Mapping[str, str], args: list[str]) -> A
         def error(self, message: str, ex: Exception | None = None) -> Any:
             raise ValueError(f"{message} See `{self.prog} --help`.") from ex
 
-    if isinstance(target, Mapping):
-        if not args or args[0] in ("-h", "--help"):
-            choices = "\n".join(f"  memzoo {name} {choice} --help" for choice in target)
-            return f"usage: memzoo {name} {{{','.join(target)}}} [ARGUMENTS]\n\n{choices}"
-        if args[0] not in target:
-            raise ValueError(f"memzoo {name} knows no {args[0]!r}. {_suggest(args[0], list(target))}")
-        name, target, args = f"{name} {args[0]}", target[args[0]], args[1:]
     function = _load(target)
     _refuse_unknown_flags(name, function, args)
     try:

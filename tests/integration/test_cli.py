@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -95,6 +96,76 @@ def test_every_command_explains_its_flags(command: str, capsys: pytest.CaptureFi
     assert "--config" in shown
 
 
+HELP_SECONDS = """
+import contextlib, io, sys, time
+start = time.perf_counter()
+import torch
+torch_seconds = time.perf_counter() - start
+from memzoo import cli
+with contextlib.redirect_stdout(io.StringIO()) as shown, contextlib.suppress(SystemExit):
+    cli.main(sys.argv[1:])
+print(time.perf_counter() - start, torch_seconds, "lightning" in sys.modules, "transformers" in sys.modules)
+print(shown.getvalue())
+"""
+
+
+@pytest.mark.parametrize("arguments", [("train", "--help"), ("convert", "--help")], ids=" ".join)
+def test_help_is_quick(arguments: tuple[str, ...]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", HELP_SECONDS, *arguments], capture_output=True, text=True, check=True
+    )
+    figures, shown = done.stdout.split("\n", 1)
+    seconds, torch_seconds, *heavy = figures.split()
+    assert heavy == ["False", "False"]
+    # a busy machine slows the import of torch alike
+    assert float(seconds) < max(3.0, 2 * float(torch_seconds)), figures
+    assert f"usage: memzoo {arguments[0]}" in shown
+
+
+def test_an_interrupted_run_says_what_is_left(
+    workplace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from memzoo.train import lightning_cli, modules
+    from memzoo.train.data import mqar_module
+
+    def interrupted(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    def stopped() -> str:
+        capsys.readouterr()
+        handler = signal.getsignal(signal.SIGINT)
+        run("train", "fit", "--config", "recall.yaml", "--trainer.callbacks", json.dumps([kept]), status=130)
+        assert signal.getsignal(signal.SIGINT) is handler
+        return capsys.readouterr().err.splitlines()[-1]
+
+    kept = {
+        "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
+        "init_args": {"dirpath": "kept", "every_n_train_steps": 5, "save_top_k": -1},
+    }
+    with monkeypatch.context() as patch:
+        patch.setattr(lightning_cli, "refuse_imports", interrupted)
+        assert stopped() == "memzoo: interrupted before the first step; nothing was written"
+        assert not (workplace / "runs").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(mqar_module.MQARDataModule, "setup", interrupted)
+        assert stopped() == "memzoo: interrupted before the first step; no model was written"
+    step = modules.LanguageModelModule.training_step
+    for last, left in ((3, "there is no checkpoint"), (6, "--ckpt_path")):
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                modules.LanguageModelModule,
+                "training_step",
+                lambda self, batch, index, last=last: (
+                    interrupted() if self.trainer.global_step == last else step(self, batch, index)
+                ),
+            )
+            line = stopped()
+            assert line.startswith(f"memzoo: interrupted after step {last}; no model was written")
+            assert left in line
+    assert line.endswith("step=5.ckpt")
+    assert Path(line.split()[-1]).is_file()
+
+
 def test_train_then_use_the_folder(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run("train", "fit", "--config", "recall.yaml")
     folder = workplace / "runs" / "recall" / "version_0" / "model"
@@ -182,7 +253,13 @@ def test_print_config_can_be_read_back(workplace: Path, capsys: pytest.CaptureFi
     [
         (["trian"], "Did you mean 'train'?"),
         (["train", "fti"], "Did you mean 'fit'?"),
+        (["train", "--config", "recall.yaml"], "memzoo train knows no '--config'. Choose one of fit"),
         (["train", "fit", "--config", "missing.yaml"], "there is no configuration file 'missing.yaml'"),
+        (["train", "fit", "--config", "nope.yaml"], "Shipped ones are train/mqar_based, train/mqar_window"),
+        (["train", "fit", "--config", "mqar_based.yml"], "Did you mean 'train/mqar_based'?"),
+        (["train", "fit", "--config", "nope"], "Shipped ones are train/mqar_based, train/mqar_window"),
+        (["train", "fit", "--config", "mqar_windw"], "Did you mean 'train/mqar_window'?"),
+        (["evaluate", "perplexity", "--config", "nope"], "Shipped ones are evaluate/book."),
         (["train", "fit", "--config", "train/mqar_bsed"], "Did you mean 'train/mqar_based'?"),
         (["train", "fit", "--config", "recall.yaml", "--data.bacth_size", "3"], "Did you mean 'batch_size'?"),
         (["train", "fit", "--config", "recall.yaml", "--data.type", "mqr"], "Did you mean 'mqar'?"),

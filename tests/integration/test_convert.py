@@ -13,11 +13,11 @@ from transformers import AutoModelForCausalLM
 import memzoo
 import memzoo.models.hf
 from memzoo.cli import main
+from memzoo.models.checkpoints import folder as folder_reader
 from memzoo.models.config import ModelConfig
 from memzoo.models.decoder import MemoryLM
 from memzoo.models.hf import save_model
-from memzoo.train import convert as conversion
-from memzoo.train.convert import ConversionRecipe, memory_off, read_recipe, window_only
+from memzoo.train.convert import ConversionRecipe, check_recipe, memory_off, read_recipe, window_only
 from memzoo.train.data.tokenizers import load_tokenizer
 
 RECIPE = """
@@ -132,15 +132,61 @@ def test_refuses_a_bad_recipe(text: str, message: str, tmp_path: Path) -> None:
 def test_a_mistake_is_told_before_any_work(
     source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(conversion, "convert_and_compare", lambda *args, **kwargs: pytest.fail("work began"))
+    monkeypatch.setattr(folder_reader, "load_model", lambda path: pytest.fail("the teacher was loaded"))
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "hybrid").write_text("")
+    given, fresh = ["--source", str(source)], ["--output", str(tmp_path / "x")]
     for arguments, message in (
-        (["--source", str(source), "--output", str(tmp_path), "--recipe", "lolcat"], "convert/lolcats"),
-        (["--source", str(tmp_path / "nowhere"), "--output", str(tmp_path / "x")], "nowhere"),
-        (["--source", str(source), "--output", str(source / "config.json")], "config.json"),
-        (["--source", str(source), "--output", str(tmp_path), "--books", "[moby_duck]"], "moby_dick"),
+        ([*given, *fresh, "--recipe", "lolcat"], "convert/lolcats"),
+        (["--source", str(tmp_path / "nowhere"), *fresh], "nowhere"),
+        ([*given, "--output", str(source / "config.json")], "config.json"),
+        ([*given, "--output", str(tmp_path / "taken")], "taken/hybrid"),
+        ([*given, *fresh, "--books", "[emma, moby_duck]"], "moby_dick"),
+        ([*given, *fresh, "--num_windows", "0"], "num_windows >= 1"),
+        ([*given, *fresh, "--num_windows", "100000"], "room for"),
     ):
         assert main(["convert", *arguments]) == 2
         assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("target: {type: linear_attention}", "has no window_size"),
+        ("target: {type: sliding_window}", "has no window_size"),
+        ("target: {type: sliding_window, window_size: 8}", "no mixer of this model has a memory"),
+        ("target: {type: lolcat}", "Did you mean 'lolcats'?"),
+        ("target: {type: lolcats, window_sizes: 8}", "Did you mean 'window_size'?"),
+        ("target: {type: lolcats, window_size: 0}", "window_size must be"),
+        ("target: {type: lolcats, num_kv_heads: 3}", "num_kv_heads"),
+        ("target: lolcats", "must be a mapping"),
+        ("layers: [2]", "numbers from 0 to 1, got [2]"),
+        ("layers: [0, 0]", "distinct numbers"),
+        ("layers: all", "Leave layers out"),
+        ("lora_targets: [q_prjo]", "Did you mean 'q_proj'?"),
+        ("texts: [state_of_union]", "state_of_the_union"),
+        ("files: [nowhere.txt]", "nowhere.txt"),
+    ],
+)
+def test_a_recipe_that_does_not_fit_is_refused_before_the_teacher_is_loaded(
+    source: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    text: str,
+    message: str,
+) -> None:
+    monkeypatch.setattr(folder_reader, "load_model", lambda path: pytest.fail("the teacher was loaded"))
+    (tmp_path / "recipe.yaml").write_text(text, encoding="utf-8")
+    places = ["--source", str(source), "--output", str(tmp_path / "x")]
+    assert main(["convert", *places, "--recipe", str(tmp_path / "recipe.yaml")]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
+
+
+def test_the_window_of_a_target_is_that_of_its_config(source: Path) -> None:
+    assert window_only({"type": "lolcats"}) == {"type": "sliding_window", "window_size": 64, "num_sinks": 0}
+    check_recipe(ConversionRecipe(target={"type": "lolcats"}), folder_reader.read_model_config(source))
 
 
 def test_shipped_recipes_are_valid() -> None:

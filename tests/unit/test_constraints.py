@@ -1,8 +1,9 @@
 """The pinned versions are complete and lie within the ranges that the package declares."""
 
+import re
+import tomllib
 from pathlib import Path
 
-import tomllib
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -32,3 +33,14 @@ def test_every_direct_dependency_is_pinned_within_its_range() -> None:
 def test_torch_has_no_upper_bound() -> None:
     (torch,) = (requirement for requirement in declared() if requirement.name == "torch")
     assert "9999" in torch.specifier
+
+
+def test_one_python_version_is_named_everywhere() -> None:
+    least = PROJECT["requires-python"].removeprefix(">=")
+    for name in ("README.md", "docs/getting-started.md", "Makefile"):
+        text = (ROOT / name).read_text()
+        assert set(re.findall(r"Python (3\.\d+)", text)) == {least}, name
+    assert f"sys.version_info < ({least.replace('.', ', ')})" in (ROOT / "Makefile").read_text()
+    assert f"work together on Python {least}" in (ROOT / "constraints.txt").read_text()
+    tools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]
+    assert tools["ruff"]["target-version"] == f"py{least.replace('.', '')}"

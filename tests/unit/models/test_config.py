@@ -119,3 +119,21 @@ def test_unknown_and_missing_keys():
 def test_only_registered_names_are_mixers(name):
     with pytest.raises(ValueError, match="is unknown"):
         ModelConfig(**{**BASE, "layers": [{"type": name}], "mixer_defaults": {}})
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("d_model", {"d_model": 10**12}),
+        ("vocab_size", {"vocab_size": 10**19}),
+        ("d_ff", {"mlp": {"type": "swiglu", "d_ff": 10**12}}),
+        ("num_layers", {"layers": {"type": "base_conv"}, "num_layers": 10**12}),
+        ("window_size", {"layers": [{"type": "sliding_window", "num_heads": 2, "window_size": 10**19}]}),
+        ("feature_dim", {"layers": [{"type": "based", "num_heads": 2, "feature_dim": 10**12}]}),
+        ("conv_size", {"layers": [{"type": "base_conv", "conv_size": 10**12}]}),
+    ],
+)
+def test_sizes_that_no_tensor_has_are_refused(name: str, changes: dict) -> None:
+    values = {"vocab_size": 8, "d_model": 8, "layers": [{"type": "base_conv"}], **changes}
+    with pytest.raises(ValueError, match=f"{name} must be at most 2,147,483,647, got 10?,000,000"):
+        ModelConfig(**values)

@@ -137,6 +137,34 @@ def test_unequal_left_padded_prompts_equal_each_alone():
             assert (together[row, 7 + len(alone) :] == PAD).all()
 
 
+@pytest.mark.parametrize("chunk_size", [1, 2, 3, 4, 9])
+def test_chunks_that_are_all_padding_equal_each_prompt_alone(chunk_size):
+    model = small_model()
+    ids, mask = tokens(3, 9), torch.ones(3, 9, dtype=torch.int64)
+    for row, padding in enumerate((4, 5, 8)):
+        mask[row, :padding], ids[row, :padding] = 0, PAD
+    for options in ({}, {"num_beams": 3}):
+        together = model.generate(
+            ids, attention_mask=mask, max_new_tokens=12, prefill_chunk_size=chunk_size, **options
+        )
+        for row in range(3):
+            prompt = ids[row, mask[row].bool()][None]
+            alone = model.generate(prompt, max_new_tokens=12, **options)[0, prompt.shape[1] :]
+            assert torch.equal(together[row, 9 : 9 + len(alone)], alone)
+
+
+def test_chunked_prefill_refuses_prompts_padded_on_the_right():
+    model, ids = small_model(), tokens(2, 6)
+    mask = torch.tensor([[1] * 6, [1, 1, 1, 0, 0, 0]])
+    with pytest.raises(ValueError, match="prefill_chunk_size needs prompts that are padded on the left"):
+        model.generate(ids, attention_mask=mask, max_new_tokens=4, prefill_chunk_size=2)
+    settings = transformers.GenerationConfig(max_new_tokens=4, prefill_chunk_size=2)
+    with pytest.raises(ValueError, match="prefill_chunk_size needs prompts that are padded on the left"):
+        model.generate(ids, attention_mask=mask, generation_config=settings)
+    with pytest.raises(ValueError, match="empty prompt"):
+        model(ids, attention_mask=torch.zeros_like(mask), use_cache=True)
+
+
 def test_beam_search_reorders_like_transformers(tmp_path):
     """The same weights in transformers' own Llama, with its own cache, give the same beams and scores."""
     from memzoo.models.checkpoints.folder import export_llama_folder
@@ -400,6 +428,32 @@ def test_our_own_folders_must_match_their_manifest(tmp_path):
     (tmp_path / MANIFEST_NAME).unlink()
     with pytest.raises(CheckpointError, match=MANIFEST_NAME):
         load_model(tmp_path)
+
+
+def test_contradictory_folders_are_refused_as_load_does(tmp_path):
+    """A manifest that fits is no proof: the folder may have been sealed with what is wrong."""
+    from memzoo.models.checkpoints.files import seal_folder
+
+    small_model().save_pretrained(tmp_path)
+    weights, config = tmp_path / "model.safetensors", tmp_path / "config.json"
+    values = json.loads(config.read_text())
+    bare = {name: value for name, value in values.items() if name != "memory"}
+    wider = {**values, "memory": {**values["memory"], "d_model": 32}}
+    whole = weights.read_bytes()
+    loaders = (transformers.AutoModelForCausalLM.from_pretrained, MemoryForCausalLM.from_pretrained)
+    for content, described, auto_message, own_message in (
+        (whole[:-100], values, "not a whole safetensors file", "not a whole safetensors file"),
+        (whole, bare, "has no 'memory' section", "has no 'memory' section"),
+        (whole, wider, r"of shape \(41, 16\) instead of \(41, 32\)", r"shape \(41, 16\)"),
+    ):
+        weights.write_bytes(content)
+        config.write_text(json.dumps(described))
+        seal_folder(tmp_path, ["config.json", "model.safetensors"])
+        for load in loaders:
+            with pytest.raises(CheckpointError, match=auto_message):
+                load(tmp_path)
+        with pytest.raises(CheckpointError, match=own_message):
+            load_model(tmp_path)
 
 
 def test_weights_of_another_model_are_refused(tmp_path):

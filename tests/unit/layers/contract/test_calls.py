@@ -1,11 +1,13 @@
 """What a mixer says to a caller who made a mistake, the forms of input, and the probe."""
 
+import peft
 import pytest
 import torch
 
 from memzoo.layers import build_mixer, is_probing, list_mixers, mixer_config, probe, record, register_mixer
 from memzoo.layers.contract import MixerConfig, build_context, check_choice
 from memzoo.layers.registry import mixer_entry
+from memzoo.testing import small_configs
 
 WINDOW = {"type": "sliding_window", "d_model": 8, "num_heads": 2, "window_size": 3}
 
@@ -52,6 +54,54 @@ ROW = X[:1]
 def test_mistakes_of_a_call_are_named(mixer, call, error, message):
     with pytest.raises(error, match=message):
         call(mixer)
+
+
+EVERY_TYPE = [(name, number) for name in list_mixers() for number in (0, 1)]
+
+
+@pytest.mark.parametrize("name, number", EVERY_TYPE)
+def test_the_meta_device_gives_shapes(name, number):
+    mixer = build_mixer(small_configs(name)[number]).to("meta")
+    x = torch.empty(2, 2 * mixer.span + 3, mixer.d_model, device="meta", requires_grad=True)
+    out = mixer(x, return_state=True)
+    assert out.hidden.is_meta
+    assert out.hidden.shape == x.shape
+    out.hidden.sum().backward()
+    assert x.grad.shape == x.shape
+    assert mixer(x, out.state).hidden.shape == x.shape
+    assert mixer.step(x[:, 0], out.state).hidden.shape == (2, mixer.d_model)
+    assert mixer(x[:1], cu_seqlens=torch.tensor([0, 3, x.shape[1]])).hidden.shape == x[:1].shape
+
+
+@pytest.mark.parametrize(
+    "weights, given", [("float32", "float64"), ("bfloat16", "float32"), ("float32", "int64")]
+)
+@pytest.mark.parametrize("name", list_mixers())
+def test_an_input_of_another_dtype_is_named(name, weights, given):
+    mixer = build_mixer(small_configs(name)[0]).to(getattr(torch, weights))
+    x = torch.ones(2, 5, mixer.d_model).to(getattr(torch, given))
+    message = rf"is torch\.{given}, its weights are torch\.{weights}\. Convert"
+    with pytest.raises(ValueError, match=message):
+        mixer(x)
+    with pytest.raises(ValueError, match=message):
+        mixer.step(x[:, 0], mixer.init_state(2))
+
+
+def test_dtypes_that_go_together_are_let_through(mixer):
+    wide = build_mixer(WINDOW).double()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert mixer(X.bfloat16()).hidden.dtype == torch.bfloat16
+        for module, x in ((mixer, X.double()), (wide, X)):  # float64 is left alone by autocast
+            with pytest.raises(ValueError, match="Convert one of them"):
+                module(x)
+    # low-rank updates keep float32 weights inside a bfloat16 model
+    half = build_mixer(WINDOW).bfloat16()
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "o_proj"])
+    wrapped = peft.tuners.lora.LoraModel(half, {"default": config}, "default")
+    for parameter_name, parameter in wrapped.named_parameters():
+        if "lora_" in parameter_name:
+            parameter.data = parameter.data.float()
+    assert half(X.bfloat16()).hidden.dtype == torch.bfloat16
 
 
 LAYERS = {
