@@ -2,10 +2,9 @@
 place.
 
 One recipe: surgery, alignment of each new mixer with the attention it replaces, low-rank tune of the whole
-model. The control
-goes through the same tokens in the same order with the same number of trainable parameters, but has no
-memory: its mixers are a
-window with the same sinks, and all of its steps are low-rank tune.
+model. The control goes through the same tokens in the same order with the same number of trainable
+parameters, but has no memory: its mixers are a window with the same sinks, and all of its steps are low-rank
+tune.
 """
 
 from __future__ import annotations

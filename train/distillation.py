@@ -2,10 +2,9 @@
 model.
 
 Stage 1 (attention transfer, Zhang et al. 2024, arXiv 2410.10254): every new mixer is given the teacher's
-hidden states of its
-own layer, so errors do not add up and layers do not see one another. Stage 2: the student runs on its own
-states and learns the
-teacher's next-token distribution through low-rank updates of its projections.
+hidden states of its own layer, so errors do not add up and layers do not see one another. Stage 2: the
+student runs on its own states and learns the teacher's next-token distribution through low-rank updates of
+its projections.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Linear attention chunk by chunk: matmuls inside a chunk, and one running state between chunks.
 
 With G_i the sum of log-decays in a chunk up to and including token i, S the state entering the chunk and A
-its C x C
-lower triangle (diagonal included):
+its C x C lower triangle (diagonal included):
 
     A_ij = (scale q_i . k_j) exp(G_i - G_j)        o_i = exp(G_i) (scale q_i) S + sum_j A_ij v_j
     S'   = exp(G_end) S + sum_j exp(G_end - G_j) k_j v_j^T

@@ -1,8 +1,8 @@
 """Keys and values kept verbatim: a bounded ring with sinks, and a cache that grows.
 
 Both write the token at position p to a slot that depends on p alone and leave unread slots zero, so equal
-histories give
-equal states however they were cut. Keys are stored after the rotation by their absolute position.
+histories give equal states however they were cut. Keys are stored after the rotation by their absolute
+position.
 """
 
 from __future__ import annotations

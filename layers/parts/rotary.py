@@ -1,8 +1,7 @@
 """Rotary position embedding (Su et al., 2021) in the half-split convention, with the public scaling rules.
 
 Nothing is stored: frequencies follow from the configuration and the tables from the positions of the call, so
-a module
-materialised from the meta device needs no repair.
+a module materialised from the meta device needs no repair.
 """
 
 from __future__ import annotations

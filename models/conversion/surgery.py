@@ -1,9 +1,8 @@
 """Surgery: a model whose attention is replaced by other mixers, everything else copied to the bit.
 
 A parameter of the new mixer that has the name and shape of one in the old mixer takes its weights
-(projections, biases, head
-norms); all others are new and keep their initialisation. What happened, and whether the copy behaves, is in
-the report.
+(projections, biases, head norms); all others are new and keep their initialisation. What happened, and
+whether the copy behaves, is in the report.
 """
 
 from __future__ import annotations
@@ -115,8 +114,7 @@ def convert_mixers(
     Args:
         source: the pretrained model; it is not changed.
         target: the new mixer, `{type: ..., ...}`; heads, rotary positions and biases are taken over from the
-            mixer it replaces
-            unless given.
+            mixer it replaces unless given.
         layers: blocks to convert (default: all). An empty list gives an equal model.
 
     Returns:

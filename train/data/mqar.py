@@ -1,7 +1,6 @@
 """Multi-query associative recall (MQAR): the synthetic task that separates memories by what they can hold.
 
-Source: Arora et al., "Zoology: Measuring and Improving Recall in Efficient Language Models" (2023), section
-    4, and
+Sources: Arora et al., "Zoology: Measuring and Improving Recall in Efficient Language Models" (2023), section 4;
 Arora et al., "Simple linear attention language models balance the recall-throughput tradeoff" (BASED, 2024),
 figure 2.
 
