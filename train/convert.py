@@ -141,44 +141,35 @@ def run_recipe(
         ValueError: a target or layers that do not fit the teacher, or text too short for one window.
     """
     seed_everything(recipe.seed, verbose=False)
-    data = _data(tokenizer, recipe)
+    stages = _Stages(tokenizer, recipe, progress, accelerator)
     student, report = convert_mixers(teacher, recipe.target, recipe.layers)
-    check_parity(teacher, student, report, _first_window(data))
+    check_parity(teacher, student, report, stages.first_window())
     report.raise_on_failure()
-    dtype = teacher.embed_tokens.weight.dtype
     frozen_teacher = copy.deepcopy(teacher).to(torch.bfloat16)
-    student = student.to(torch.bfloat16)
-    seconds, fresh = {}, list(report.new_parameters)
+    student, fresh = student.to(torch.bfloat16), list(report.new_parameters)
 
     clock = time.monotonic()
     with low_rank_updates(student, rank=0, alpha=0, targets=(), also_train=fresh) as (_, num_new):
-        if recipe.align_steps and fresh:
-            optimizer = OptimizerConfig(
-                lr=recipe.align_lr, weight_decay=0.0, warmup_steps=_warmup(recipe.align_steps)
-            )
+        if fresh:
+            optimizer = _optimizer(recipe.align_lr, recipe.align_steps)
             module = AlignmentModule(student, frozen_teacher, report.layers, optimizer)
-            _fit(module, data, recipe.align_steps, "align", progress, accelerator)
-    seconds["align"] = time.monotonic() - clock
+            stages.fit(module, recipe.align_steps, "align")
+    seconds = {"align": time.monotonic() - clock}
 
     clock = time.monotonic()
-    trained_fresh = fresh if recipe.new_lr_scale else []
-    num_lora = recipe.lora_rank * lora_size(student, recipe.lora_targets)
-    _tune(
+    stages.tune(
         student,
         frozen_teacher,
-        recipe,
-        recipe.lora_rank,
-        recipe.tune_steps,
-        data,
-        progress,
-        accelerator,
-        trained_fresh,
+        rank=recipe.lora_rank,
+        steps=recipe.tune_steps,
+        also_train=fresh if recipe.new_lr_scale else [],
+        name="tune",
     )
     seconds["tune"] = time.monotonic() - clock
     return Conversion(
-        model=student.to(dtype).requires_grad_(True),
+        model=student.to(teacher.embed_tokens.weight.dtype).requires_grad_(True),
         report=report,
-        num_trained=num_new + num_lora,
+        num_trained=num_new + recipe.lora_rank * lora_size(student, recipe.lora_targets),
         num_tokens=(recipe.align_steps + recipe.tune_steps) * recipe.batch_size * recipe.seq_len,
         seconds=seconds,
     )
@@ -200,18 +191,17 @@ def run_control(
         num_trained: trainable numbers to match (rounded to the nearest rank).
     """
     seed_everything(recipe.seed, verbose=False)
-    data = _data(tokenizer, recipe)
     student, report = convert_mixers(teacher, window_only(recipe.target), recipe.layers)
-    dtype = teacher.embed_tokens.weight.dtype
     frozen_teacher = copy.deepcopy(teacher).to(torch.bfloat16)
     student = student.to(torch.bfloat16)
     per_rank = lora_size(student, recipe.lora_targets)
     rank = max(1, round(num_trained / per_rank))
     steps = recipe.align_steps + recipe.tune_steps
     clock = time.monotonic()
-    _tune(student, frozen_teacher, recipe, rank, steps, data, progress, accelerator, [])
+    stages = _Stages(tokenizer, recipe, progress, accelerator)
+    stages.tune(student, frozen_teacher, rank=rank, steps=steps, name="tune of the control")
     return Conversion(
-        model=student.to(dtype).requires_grad_(True),
+        model=student.to(teacher.embed_tokens.weight.dtype).requires_grad_(True),
         report=report,
         num_trained=rank * per_rank,
         num_tokens=steps * recipe.batch_size * recipe.seq_len,
@@ -236,73 +226,79 @@ def window_only(target: Mapping[str, Any], num_sinks: int | None = None) -> dict
     return {"type": "sliding_window", "window_size": values["window_size"], "num_sinks": sinks}
 
 
-def _tune(
-    student: MemoryLM,
-    teacher: MemoryLM,
-    recipe: ConversionRecipe,
-    rank: int,
-    steps: int,
-    data: TextDataModule,
-    progress: bool,
-    accelerator: str,
-    also_train: Sequence[str],
-) -> None:
-    if not steps:
-        return
-    with (
-        scaled_rates(student, also_train, recipe.new_lr_scale),
-        low_rank_updates(
-            student, rank=rank, alpha=2 * rank, targets=recipe.lora_targets, also_train=also_train
-        ) as (wrapped, _),
-    ):
-        optimizer = OptimizerConfig(lr=recipe.tune_lr, weight_decay=0.0, warmup_steps=_warmup(steps))
-        module = DistillModule(wrapped, teacher, optimizer, recipe.kl_weight, recipe.ce_weight)
-        _fit(module, data, steps, "tune", progress, accelerator)
+class _Stages:
+    """Training stages over one text; each goes on where the one before it stopped."""
+
+    def __init__(self, tokenizer: str, recipe: ConversionRecipe, progress: bool, accelerator: str) -> None:
+        self.recipe, self.progress, self.accelerator = recipe, progress, accelerator
+        self.data = TextDataModule(
+            texts=tuple(recipe.texts),
+            files=tuple(recipe.files),
+            tokenizer=tokenizer,
+            seq_len=recipe.seq_len,
+            batch_size=recipe.batch_size,
+            reset_at_documents=False,
+            append_eos=False,
+            seed=recipe.seed,
+        )
+        self.data.setup()
+        self.num_steps = 0
+
+    def first_window(self) -> Tensor:
+        """(1, T) ids of the first window of training."""
+        batch: TokenBatch = next(iter(self.data.train_dataloader()))
+        return batch.input_ids[:1]
+
+    def tune(
+        self,
+        student: MemoryLM,
+        teacher: MemoryLM,
+        *,
+        rank: int,
+        steps: int,
+        name: str,
+        also_train: Sequence[str] = (),
+    ) -> None:
+        """Stage 2: low-rank updates and the named parameters, against the teacher's distribution."""
+        recipe = self.recipe
+        with (
+            scaled_rates(student, also_train, recipe.new_lr_scale),
+            low_rank_updates(
+                student, rank=rank, alpha=2 * rank, targets=recipe.lora_targets, also_train=also_train
+            ) as (wrapped, _),
+        ):
+            optimizer = _optimizer(recipe.tune_lr, steps)
+            module = DistillModule(wrapped, teacher, optimizer, recipe.kl_weight, recipe.ce_weight)
+            self.fit(module, steps, name)
+
+    def fit(self, module: LightningModule, steps: int, name: str) -> None:
+        """Trains for so many steps; none leaves everything as it is."""
+        if not steps:
+            return
+        loader = self.data.train_dataloader()
+        loader.load_state_dict({"num_yielded": self.num_steps})
+        trainer = Trainer(
+            max_steps=steps,
+            max_epochs=-1,
+            accelerator=self.accelerator,
+            devices=1,
+            precision="bf16-mixed",
+            gradient_clip_val=1.0,
+            logger=False,
+            enable_checkpointing=False,
+            enable_model_summary=False,
+            enable_progress_bar=self.progress,
+            callbacks=[TrainingProgress(refresh_rate=1, name=name)] if self.progress else None,
+        )
+        module.train()
+        trainer.fit(module, train_dataloaders=loader)
+        module.eval()
+        module.trainer = None  # the module outlives the trainer
+        self.num_steps += steps
 
 
-def _fit(
-    module: LightningModule, data: TextDataModule, steps: int, name: str, progress: bool, accelerator: str
-) -> None:
-    trainer = Trainer(
-        max_steps=steps,
-        max_epochs=-1,
-        accelerator=accelerator,
-        devices=1,
-        precision="bf16-mixed",
-        gradient_clip_val=1.0,
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        enable_progress_bar=progress,
-        callbacks=[TrainingProgress(refresh_rate=1)] if progress else None,
-        limit_val_batches=0,
-        num_sanity_val_steps=0,
-    )
-    trainer.fit(module, datamodule=data)
-    module.trainer = None  # the module outlives the trainer
-
-
-def _data(tokenizer: str, recipe: ConversionRecipe) -> TextDataModule:
-    return TextDataModule(
-        texts=tuple(recipe.texts),
-        files=tuple(recipe.files),
-        tokenizer=tokenizer,
-        seq_len=recipe.seq_len,
-        batch_size=recipe.batch_size,
-        reset_at_documents=False,
-        append_eos=False,
-        seed=recipe.seed,
-    )
-
-
-def _first_window(data: TextDataModule) -> Tensor:
-    data.setup()
-    batch: TokenBatch = next(iter(data.train_dataloader()))
-    return batch.input_ids[:1]
-
-
-def _warmup(steps: int) -> int:
-    return min(10, steps // 10)
+def _optimizer(lr: float, steps: int) -> OptimizerConfig:
+    return OptimizerConfig(lr=lr, weight_decay=0.0, warmup_steps=min(10, steps // 10))
 
 
 def recipe_dict(recipe: ConversionRecipe) -> dict[str, Any]:

@@ -17,8 +17,17 @@ from memzoo.models.checkpoints import folder as folder_reader
 from memzoo.models.config import ModelConfig
 from memzoo.models.decoder import MemoryLM
 from memzoo.models.hf import save_model
-from memzoo.train.convert import ConversionRecipe, check_recipe, memory_off, read_recipe, window_only
+from memzoo.train.convert import (
+    ConversionRecipe,
+    check_recipe,
+    memory_off,
+    read_recipe,
+    run_control,
+    run_recipe,
+    window_only,
+)
 from memzoo.train.data.tokenizers import load_tokenizer
+from memzoo.train.distillation import AlignmentModule, DistillModule
 
 RECIPE = """
 target: {type: lolcats, window_size: 16, num_sinks: 2, feature_dim: 4}
@@ -195,3 +204,27 @@ def test_shipped_recipes_are_valid() -> None:
         assert isinstance(recipe, ConversionRecipe)
         assert recipe.seed == 3
         assert window_only(recipe.target)["num_sinks"] == recipe.target["num_sinks"]
+
+
+def test_hybrid_and_control_read_the_same_tokens_in_the_same_order(
+    source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[torch.Tensor] = []
+    for module in (AlignmentModule, DistillModule):
+        step = module.training_step
+
+        def recording(self, batch, batch_idx, step=step):
+            read.append(batch.input_ids.clone())
+            return step(self, batch, batch_idx)
+
+        monkeypatch.setattr(module, "training_step", recording)
+    teacher = memzoo.load(str(source))
+    target = {"type": "lolcats", "window_size": 8, "num_sinks": 1, "feature_dim": 4}
+    recipe = ConversionRecipe(target=target, seq_len=24, align_steps=2, tune_steps=3, lora_rank=1)
+    options = {"progress": False, "accelerator": "cpu"}
+    hybrid = run_recipe(teacher, str(source), recipe, **options)
+    of_hybrid = list(read)
+    read.clear()
+    run_control(teacher, str(source), recipe, hybrid.num_trained, **options)
+    assert torch.equal(torch.cat(of_hybrid), torch.cat(read))
+    assert len({tuple(row.tolist()) for row in torch.cat(read)}) == 5  # nothing is read twice

@@ -1,8 +1,8 @@
 """Multi-query associative recall (MQAR): the synthetic task that separates memories by what they can hold.
 
-Sources: Arora et al., "Zoology: Measuring and Improving Recall in Efficient Language Models" (2023), section 4;
-Arora et al., "Simple linear attention language models balance the recall-throughput tradeoff" (BASED, 2024),
-figure 2.
+Sources: Arora et al., "Zoology: Measuring and Improving Recall in Efficient Language Models" (2023), section
+4; Arora et al., "Simple linear attention language models balance the recall-throughput tradeoff" (BASED,
+2024), figure 2.
 
 One example reads ``k1 v1 k2 v2 ... kn vn`` and then, at power-law distances, every key once more. At each
 repeated key the model must answer with the paired value. All other positions hold token 0 (or random tokens)
