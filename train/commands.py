@@ -204,6 +204,7 @@ def convert(
         convert_and_compare,
         read_recipe,
         recipe_dict,
+        training_results,
     )
     from .data.tokenizers import load_tokenizer
     from .evaluate import window_starts
@@ -220,7 +221,7 @@ def convert(
     tokens = {book: book_tokens(tokenizer, book) for book in books}
     for ids in tokens.values():
         window_starts(len(ids), WINDOW_SIZE, num_windows, FIRST_TOKEN)
-    rows, hybrid, _ = convert_and_compare(
+    rows, hybrid, tuned_control = convert_and_compare(
         load_model(place).eval(),
         place,
         chosen,
@@ -231,7 +232,8 @@ def convert(
         # saved as soon as it is trained, so that a later failure loses nothing
         on_trained=lambda name, conversion: save_model(conversion.model, folder / name, tokenizer),
     )
-    results = comparison_results(rows) | {"report": hybrid.report.to_dict()}
+    results = comparison_results(rows) | training_results(hybrid, tuned_control)
+    results["report"] = hybrid.report.to_dict()
     write_record(folder / "report.json", name="convert", config=recipe_dict(chosen), results=results)
     return comparison_table(rows)
 

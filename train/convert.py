@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import yaml
 from lightning.pytorch import LightningModule, Trainer, seed_everything
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from ..layers.contract import suggest
@@ -34,7 +34,14 @@ from .comparison import Row
 from .data.batches import TokenBatch
 from .data.text import TextDataModule, check_text_file, encode_documents
 from .data.texts import load_text
-from .distillation import AlignmentModule, DistillModule, lora_size, low_rank_updates, scaled_rates
+from .distillation import (
+    AlignmentModule,
+    DistillModule,
+    freeze_except,
+    lora_size,
+    low_rank_updates,
+    scaled_rates,
+)
 from .evaluate import position_losses
 from .optim import OptimizerConfig
 
@@ -52,7 +59,7 @@ class ConversionRecipe:
     Attributes:
         target: the new mixer, `{type: ..., ...}`; heads and positions come from the attention it replaces.
         layers: blocks to convert; None converts all.
-        texts: bundled training texts, by name.
+        texts: bundled training texts, by name; state_of_the_union where no files are given either.
         files: local training texts.
         seq_len: tokens of one window of text.
         batch_size: windows per step.
@@ -69,19 +76,26 @@ class ConversionRecipe:
     """
 
     target: Mapping[str, Any] = field(
-        default_factory=lambda: {"type": "lolcats", "window_size": 64, "num_sinks": 4, "feature_dim": 64}
+        default_factory=lambda: {
+            "type": "lolcats",
+            "window_size": 64,
+            "num_sinks": 4,
+            "feature_dim": 64,
+            "is_affine": True,
+            "initial_window_share": 0.99,
+        }
     )
     layers: Sequence[int] | None = None
-    texts: Sequence[str] = ("state_of_the_union",)
+    texts: Sequence[str] = ()
     files: Sequence[str] = ()
     seq_len: int = 1024
     batch_size: int = 1
     align_steps: int = 40
     align_lr: float = 1e-2
-    tune_steps: int = 40
+    tune_steps: int = 110
     tune_lr: float = 1e-3
-    new_lr_scale: float = 1.0
-    lora_rank: int = 8
+    new_lr_scale: float = 10.0
+    lora_rank: int = 16
     lora_targets: Sequence[str] = ("q_proj", "k_proj", "v_proj", "o_proj")
     kl_weight: float = 1.0
     ce_weight: float = 0.0
@@ -101,6 +115,8 @@ class ConversionRecipe:
         for name in ("align_steps", "tune_steps", "lora_rank", "new_lr_scale"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}.")
+        if not self.texts and not self.files:
+            object.__setattr__(self, "texts", ("state_of_the_union",))
 
 
 @dataclass
@@ -110,7 +126,7 @@ class Conversion:
     Attributes:
         model: the hybrid, in the dtype of its source.
         report: what the surgery did and its parity checks.
-        num_trained: trainable numbers of both stages together.
+        num_trained: numbers that were trained in any stage.
         num_tokens: tokens of training text read.
         seconds: duration of each stage.
     """
@@ -149,11 +165,11 @@ def run_recipe(
     student, fresh = student.to(torch.bfloat16), list(report.new_parameters)
 
     clock = time.monotonic()
-    with low_rank_updates(student, rank=0, alpha=0, targets=(), also_train=fresh) as (_, num_new):
-        if fresh:
-            optimizer = _optimizer(recipe.align_lr, recipe.align_steps)
-            module = AlignmentModule(student, frozen_teacher, report.layers, optimizer)
-            stages.fit(module, recipe.align_steps, "align")
+    num_new = freeze_except(student, fresh)
+    if fresh:
+        optimizer = _optimizer(recipe.align_lr, recipe.align_steps)
+        module = AlignmentModule(student, frozen_teacher, report.layers, optimizer)
+        stages.fit(module, recipe.align_steps, "align")
     seconds = {"align": time.monotonic() - clock}
 
     clock = time.monotonic()
@@ -166,10 +182,12 @@ def run_recipe(
         name="tune",
     )
     seconds["tune"] = time.monotonic() - clock
+    is_new_trained = recipe.align_steps or (recipe.tune_steps and recipe.new_lr_scale)
+    rank = recipe.lora_rank if recipe.tune_steps else 0
     return Conversion(
         model=student.to(teacher.embed_tokens.weight.dtype).requires_grad_(True),
         report=report,
-        num_trained=num_new + recipe.lora_rank * lora_size(student, recipe.lora_targets),
+        num_trained=(num_new if is_new_trained else 0) + rank * lora_size(student, recipe.lora_targets),
         num_tokens=(recipe.align_steps + recipe.tune_steps) * recipe.batch_size * recipe.seq_len,
         seconds=seconds,
     )
@@ -299,6 +317,15 @@ class _Stages:
 
 def _optimizer(lr: float, steps: int) -> OptimizerConfig:
     return OptimizerConfig(lr=lr, weight_decay=0.0, warmup_steps=min(10, steps // 10))
+
+
+def training_results(hybrid: Conversion, control: Conversion | None) -> dict[str, Any]:
+    """Seconds of each stage and tokens read, for a record."""
+    found = {"hybrid": hybrid} | ({} if control is None else {"control": control})
+    return {
+        "stage_seconds": {name: conversion.seconds for name, conversion in found.items()},
+        "tokens_read": {name: conversion.num_tokens for name, conversion in found.items()},
+    }
 
 
 def recipe_dict(recipe: ConversionRecipe) -> dict[str, Any]:
@@ -437,19 +464,33 @@ def check_recipe(recipe: ConversionRecipe, source: ModelConfig) -> None:
 
     Raises:
         ValueError: layers outside the model, a target that is no valid mixer or lacks a window or a memory
-            that can be switched off, projections that no layer has, or a training text that is not there.
+            that can be switched off, projections that no layer has, training windows that never leave the
+            window of the mixer, or a training text that is not there.
     """
-    window = MemoryLM(converted_config(source, window_only(recipe.target), recipe.layers), device="meta")
+    memoryless = window_only(recipe.target)
+    window = MemoryLM(converted_config(source, memoryless, recipe.layers), device="meta")
     hybrid = MemoryLM(converted_config(source, recipe.target, recipe.layers), device="meta")
     with memory_off(hybrid):
         pass
-    for model in (hybrid, window):
-        if not lora_size(model, recipe.lora_targets):
-            names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    linear = {
+        name.rpartition(".")[2] for name, module in hybrid.named_modules() if isinstance(module, nn.Linear)
+    }
+    for name in recipe.lora_targets:
+        if name not in linear:
             raise ValueError(
-                f"lora_targets {list(recipe.lora_targets)} name no linear layer of the converted model. "
-                f"{suggest(str(next(iter(recipe.lora_targets), '')), names)}"
+                f"lora_targets: the converted model has no linear layer {name!r}. {suggest(name, linear)}"
             )
+    if not lora_size(window, recipe.lora_targets):
+        raise ValueError(
+            f"lora_targets {list(recipe.lora_targets)} name no linear layer of the control, which could then "
+            "not be tuned. Add a projection of its attention, such as q_proj."
+        )
+    reach = memoryless["window_size"] + memoryless["num_sinks"]
+    if recipe.seq_len <= reach:
+        raise ValueError(
+            f"seq_len must be above window_size + num_sinks = {reach}, got {recipe.seq_len}: no token would "
+            "ever reach the memory."
+        )
     for name in recipe.texts:
         load_text(name)
     for file in recipe.files:

@@ -33,6 +33,7 @@ from .convert import (
     convert_and_compare,
     read_recipe,
     recipe_dict,
+    training_results,
 )
 from .data.tokenizers import load_tokenizer
 
@@ -83,13 +84,12 @@ def run_demo(output: str = "demo_output", recipe: str = "demo", num_windows: int
     prompt = tokenizer.decode(tokens["moby_dick"][20_000:20_300])
     continuation = generate_from_folder(folder / "hybrid", prompt)
 
-    results: dict[str, Any] = comparison_results(rows) | {
+    results = comparison_results(rows) | training_results(hybrid, control)
+    results |= {
         "parity": parity,
         "surgery": hybrid.report.to_dict(),
         "decode_tokens_per_second": speed,
         "continuation": {"prompt_end": prompt[-200:], "text": continuation},
-        "stage_seconds": {"hybrid": hybrid.seconds, "control": control.seconds},
-        "tokens_read": {"hybrid": hybrid.num_tokens, "control": control.num_tokens},
         "total_seconds": time.monotonic() - clock,
     }
     write_record(folder / "record.json", name="demo", config=recipe_dict(chosen), results=results)

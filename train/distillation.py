@@ -35,9 +35,8 @@ class StudentModule(LightningModule):
     def __init__(self, student: nn.Module, teacher: MemoryLM, optimizer: OptimizerConfig) -> None:
         super().__init__()
         self.student = student
-        self._teacher = [
-            teacher.requires_grad_(False).eval()
-        ]  # in a list: neither saved nor trained with the student
+        # in a list: neither saved nor trained with the student
+        self._teacher = [teacher.requires_grad_(False).eval()]
         self.optimizer_config = optimizer
 
     @property
@@ -81,6 +80,8 @@ class AlignmentModule(StudentModule):
                 target = old.mixer(normed, cu_seqlens=batch.cu_seqlens).hidden
             if index in self.layers:
                 losses.append(relative_error(new.mixer(normed, cu_seqlens=batch.cu_seqlens).hidden, target))
+            if len(losses) == len(self.layers):
+                break
             with torch.no_grad():
                 hidden = old.after_mixer(hidden, target)
         loss = torch.stack(losses).mean()

@@ -134,11 +134,10 @@ def write_text_atomically(path: str | os.PathLike[str], text: str) -> None:
 
 def current_command() -> str:
     """The command line of this process, with the program's bare name (no machine paths)."""
-    program = Path(sys.argv[0]).name or "python"
-    if program == "__main__.py":
-        program = f"python -m {Path(sys.argv[0]).parent.name}"
-        return " ".join([program, *map(shlex.quote, sys.argv[1:])])
-    return shlex.join([program, *sys.argv[1:]])
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    if spec is not None:  # started with python -m
+        return shlex.join(["python", "-m", spec.name.removesuffix(".__main__"), *sys.argv[1:]])
+    return shlex.join([Path(sys.argv[0]).name or "python", *sys.argv[1:]])
 
 
 def library_versions() -> dict[str, str]:

@@ -15,6 +15,7 @@ import memzoo.models.hf
 from memzoo.cli import main
 from memzoo.models.checkpoints import folder as folder_reader
 from memzoo.models.config import ModelConfig
+from memzoo.models.conversion import convert_mixers
 from memzoo.models.decoder import MemoryLM
 from memzoo.models.hf import save_model
 from memzoo.train.convert import (
@@ -173,6 +174,8 @@ def test_a_mistake_is_told_before_any_work(
         ("layers: [0, 0]", "distinct numbers"),
         ("layers: all", "Leave layers out"),
         ("lora_targets: [q_prjo]", "Did you mean 'q_proj'?"),
+        ("lora_targets: [v_proj, q_prjo]", "Did you mean 'q_proj'?"),
+        ("{seq_len: 18, target: {type: lolcats, window_size: 16, num_sinks: 2}}", "seq_len must be above"),
         ("texts: [state_of_union]", "state_of_the_union"),
         ("files: [nowhere.txt]", "nowhere.txt"),
     ],
@@ -228,3 +231,29 @@ def test_hybrid_and_control_read_the_same_tokens_in_the_same_order(
     run_control(teacher, str(source), recipe, hybrid.num_trained, **options)
     assert torch.equal(torch.cat(of_hybrid), torch.cat(read))
     assert len({tuple(row.tolist()) for row in torch.cat(read)}) == 5  # nothing is read twice
+
+
+@pytest.mark.parametrize(("align", "tune", "scale"), [(1, 0, 1.0), (0, 1, 1.0), (0, 1, 0.0)])
+def test_only_numbers_that_were_trained_are_counted(
+    source: Path, align: int, tune: int, scale: float
+) -> None:
+    teacher = memzoo.load(str(source))
+    recipe = ConversionRecipe(
+        target={"type": "lolcats", "window_size": 8, "feature_dim": 4},
+        seq_len=24,
+        align_steps=align,
+        tune_steps=tune,
+        new_lr_scale=scale,
+        lora_rank=1,
+    )
+    found = run_recipe(teacher, str(source), recipe, progress=False, accelerator="cpu")
+    untrained, _ = convert_mixers(teacher, recipe.target)
+    new = sum(untrained.state_dict()[name].numel() for name in found.report.new_parameters)
+    low_rank = 2 * 2 * (4 * 16 - 8)  # per layer: q and o map 16 to 16, k and v 16 to 8
+    expected = (new if align or scale else 0) + (low_rank if tune else 0)
+    assert found.num_trained == expected
+
+
+def test_the_bundled_text_is_read_only_where_nothing_else_is_named() -> None:
+    assert ConversionRecipe().texts == ("state_of_the_union",)
+    assert ConversionRecipe(files=["mine.txt"]).texts == ()

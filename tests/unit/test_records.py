@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from memzoo.records import read_record, write_record, write_text_atomically
+from memzoo.records import current_command, read_record, write_record, write_text_atomically
 
 
 def test_a_record_says_how_to_repeat_it(tmp_path: Path) -> None:
@@ -62,3 +64,11 @@ def test_what_is_no_record_is_refused(tmp_path: Path, content: str, message: str
         read_record(path)
     with pytest.raises(ValueError, match=r"ends in \.json"):
         write_record(tmp_path / "r.txt", name="x", config={}, results={})
+
+
+def test_the_command_names_a_module_that_was_run_as_a_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["/somewhere/memzoo/cli.py", "convert", "--source", "a b"])
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", ModuleSpec("memzoo.cli", None), raising=False)
+    assert current_command() == "python -m memzoo.cli convert --source 'a b'"
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", None, raising=False)
+    assert current_command() == "cli.py convert --source 'a b'"
