@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import resource
 import sys
 import time
@@ -16,8 +15,6 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 from ..records import results_folder
 from .data.batches import TokenBatch
-
-logger = logging.getLogger(__name__)
 
 
 class TrainingProgress(ProgressBar):
@@ -106,10 +103,14 @@ class SaveModelFolder(Callback):
 
     Args:
         folder: where to write; None takes ``model`` inside the run's log folder.
+
+    Attributes:
+        written: where the model is, once it is written.
     """
 
     def __init__(self, folder: str | None = None) -> None:
         self.folder = folder
+        self.written: Path | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         # a folder that cannot be written is found before the training, not after it
@@ -123,7 +124,7 @@ class SaveModelFolder(Callback):
 
         folder = Path(self.folder or Path(trainer.log_dir or trainer.default_root_dir) / "model")
         save_model(pl_module.model, folder, getattr(trainer.datamodule, "tokenizer", None))
-        logger.info("wrote the trained model to %s", folder)
+        self.written = folder
 
 
 def peak_memory_gib() -> float:

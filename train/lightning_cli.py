@@ -10,6 +10,7 @@ from __future__ import annotations
 import collections.abc
 import dataclasses
 import importlib
+import json
 import signal
 import types as types_module
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,11 +21,12 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import yaml
 from jsonargparse import Namespace
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from .. import configs
 from ..layers.contract import suggest
+from ..records import refuse_content
 from .callbacks import SaveModelFolder, TrainingProgress
 
 MODEL_TYPES = {"language_model": "memzoo.train.modules:LanguageModelModule"}
@@ -38,6 +40,7 @@ _REGISTRIES = {"model": MODEL_TYPES, "data": DATA_TYPES}
 _SUBCOMMANDS = ("fit", "validate", "test")
 _IMPORTING_SECTIONS = ("trainer.callbacks", "trainer.logger", "trainer.strategy")
 _IMPORT_KEYS = ("class_path", "init_args", "dict_kwargs")
+_CHECKPOINT_WORDS = ("best", "hpc", "last", "registry")
 _PLAIN_TYPES = (bool, dict, float, int, list, str, timedelta, type(None), Path)
 
 
@@ -48,13 +51,16 @@ class TrainCLI(LightningCLI):
         args: the command line after ``memzoo train``, for example ``["fit", "--config", "run.yaml"]``.
 
     Raises:
-        ValueError: an unknown type or key (the nearest is named), an import path where none is allowed, or a
-            value that the signature does not accept.
+        ValueError: an unknown type or key (the nearest is named), an import path where none is allowed, a
+            value that the signature does not accept, no configuration, a checkpoint that is not there, or a
+            folder for the model that holds something already.
     """
 
     def __init__(self, args: Sequence[str]) -> None:
+        check_configuration(args)
         self.types = chosen_types(args)
         refuse_imports(args, self.types)
+        args = with_values(args, _init_types(_target("data", self.types)))
         strict = {"exit_on_error": False}
         super().__init__(
             _target("model", self.types),
@@ -96,6 +102,9 @@ class TrainCLI(LightningCLI):
             default=None,
             help="Folder for the trained model; by default `model` inside the log folder.",
         )
+        parser.add_argument(
+            "--overwrite", type=bool, default=False, help="Replace what lies in the folder of --output."
+        )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         subcommand = args[0] if args else None
@@ -107,20 +116,27 @@ class TrainCLI(LightningCLI):
                 check_flag(flag, known)
         # Not the parent's version, which warns when arguments are handed over in Python.
         self.config = parser.parse_args(args)
+        chosen: str = self.config["subcommand"]
+        section = self.config[chosen]
+        check_checkpoint(chosen, section.get("ckpt_path"))
+        if chosen == "fit" and section["output"] is not None and not section["overwrite"]:
+            refuse_content(section["output"])
+        section["overwrite"] = False  # one run's permission; the saved configuration does not pass it on
 
     def _parse_ckpt_path(self) -> None:
         """Leave the configuration alone: nothing in a checkpoint may change what the user wrote."""
 
     def instantiate_classes(self) -> None:
-        # The types have done their work (they chose the classes), and `output` is no argument of a class.
+        # The types have done their work (they chose the classes), and the folder is no argument of a class.
         section = self.config[self.subcommand]
         chosen = {name: section[name].pop("type") for name in _REGISTRIES}
-        output = section.pop("output")
-        self._output = output
+        ours = {name: section.pop(name) for name in ("output", "overwrite")}
+        self._folder = SaveModelFolder(ours["output"])
         super().instantiate_classes()
         for name, value in chosen.items():
             section[name]["type"] = value
-        section["output"] = output
+        for name, value in ours.items():
+            section[name] = value
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Run it; an interrupt says what is left of the run."""
@@ -147,7 +163,7 @@ class TrainCLI(LightningCLI):
         return f"{done}. Go on from the last checkpoint with --ckpt_path {saved}"
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """The Trainer, with our progress line (unless the user names a bar) and the final folder."""
+        """The Trainer with our progress line and `last.ckpt`, unless the user names others, and the model."""
         trainer_config = self._get(self.config_init, "trainer", default={})
         named = trainer_config.get("callbacks") or []
         callbacks = list(named) if isinstance(named, list) else [named]
@@ -155,8 +171,16 @@ class TrainCLI(LightningCLI):
         if wants_bar and not any(isinstance(callback, ProgressBar) for callback in callbacks):
             callbacks.append(TrainingProgress())
         if self.subcommand == "fit":
-            callbacks.append(SaveModelFolder(self._output))
+            callbacks.append(self._folder)
+            keeps = trainer_config.get("enable_checkpointing") is not False
+            if keeps and not any(isinstance(callback, Checkpoint) for callback in callbacks):
+                callbacks.append(ModelCheckpoint(save_last=True))
         return super().instantiate_trainer(callbacks=callbacks, **kwargs)
+
+    @property
+    def result(self) -> str | None:
+        """What the command says at its end."""
+        return None if self._folder.written is None else f"model written to {self._folder.written}"
 
 
 class _Parser(LightningArgumentParser):
@@ -175,9 +199,86 @@ class _Parser(LightningArgumentParser):
         return names
 
 
-def run_training(args: Sequence[str]) -> None:
-    """Run ``memzoo train`` with these arguments, for example ``["fit", "--config", "run.yaml"]``."""
-    TrainCLI(configs.with_files(args, "train"))
+def run_training(args: Sequence[str]) -> str | None:
+    """Run ``memzoo train`` with these arguments, for example ``["fit", "--config", "run.yaml"]``.
+
+    Returns:
+        a line that says where the trained model is, or None where there is none.
+    """
+    return TrainCLI(configs.with_files(args, "train")).result
+
+
+def check_configuration(args: Sequence[str]) -> None:
+    """Refuse a command line that describes no model.
+
+    Raises:
+        ValueError: the message lists the shipped configurations.
+    """
+    given = [flag for flag, _ in _flags(args)]
+    described = any(
+        flag in ("config", "model", "h", "print_config") or flag.startswith("model.config") or "help" in flag
+        for flag in given
+    )
+    if args and args[0] in _SUBCOMMANDS and not described:
+        raise ValueError(
+            f"memzoo train {args[0]} needs the description of a run. Give --config with a YAML file or a "
+            f"name. {configs.suggestion('', 'train')}"
+        )
+
+
+def check_checkpoint(subcommand: str, checkpoint: str | None) -> None:
+    """Refuse a checkpoint that is not there, and a measurement without one.
+
+    Args:
+        subcommand: fit, validate or test.
+        checkpoint: the value of ``--ckpt_path``; Lightning's own words such as ``last`` are left to it.
+
+    Raises:
+        ValueError: the message lists the checkpoints that lie nearby.
+    """
+    if checkpoint is None:
+        if subcommand == "fit":
+            return
+        raise ValueError(
+            f"memzoo train {subcommand} needs a checkpoint, or it would measure random weights. Name one "
+            "with --ckpt_path, for example --ckpt_path runs/NAME/version_0/checkpoints/last.ckpt."
+        )
+    path = Path(checkpoint)
+    if checkpoint in _CHECKPOINT_WORDS or "://" in checkpoint or path.is_file():
+        return
+    folder = path if path.is_dir() else path.parent
+    found = sorted(str(file) for file in folder.glob("*.ckpt"))
+    if path.is_dir() and not found and not (path / "config.json").is_file():
+        return  # a checkpoint of several files
+    what = "is a folder, not a checkpoint" if path.is_dir() else "does not exist"
+    there = f"There are {', '.join(found)}." if found else f"There is no .ckpt file in {str(folder)!r}."
+    raise ValueError(f"the checkpoint {checkpoint!r} {what}. {there}")
+
+
+def with_values(args: Sequence[str], data: Mapping[str, Any]) -> list[str]:
+    """The command line with ``--overwrite`` as ``true``, and single texts as lists where a list is wanted.
+
+    Args:
+        args: the command line after ``memzoo train``.
+        data: types of the arguments of ``data``.
+    """
+    changed = list(args)
+    for position, token in enumerate(args):
+        flag, equals, value = token.partition("=")
+        following = args[position + 1 : position + 2]
+        has_value = bool(equals or (following and not _is_flag(following[0])))
+        if token == "--overwrite" and not has_value:
+            changed[position] = "--overwrite=true"
+        takes_texts = any(
+            get_origin(option) in (list, collections.abc.Sequence) and get_args(option) == (str,)
+            for option in _options(data.get(flag.removeprefix("--data.")))
+        )
+        if flag.startswith("--data.") and takes_texts and has_value:
+            given = value if equals else following[0]
+            if not isinstance(_as_yaml(given), list):
+                listed = json.dumps([given])
+                changed[position if equals else position + 1] = f"{flag}={listed}" if equals else listed
+    return changed
 
 
 def chosen_types(args: Sequence[str]) -> dict[str, str]:

@@ -136,6 +136,7 @@ def _quieten() -> None:
     """Drop what Lightning says that is not about this run, not to be acted upon, or said by us."""
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
     warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\).*")
+    warnings.filterwarnings("ignore", message="The dirpath has changed")
     dropped = ("Tip:", "Detected KeyboardInterrupt")
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
         logging.getLogger(name).addFilter(

@@ -13,7 +13,7 @@ import shlex
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -113,6 +113,30 @@ def results_folder(path: str | os.PathLike[str]) -> Path:
             f"results cannot be written to {str(path)!r} ({error.strerror}). Name another folder."
         ) from error
     return folder
+
+
+def refuse_content(folder: str | os.PathLike[str], names: Sequence[str] | None = None) -> None:
+    """Refuses to write where something lies already.
+
+    Args:
+        folder: where to write.
+        names: what in the folder would be replaced; None is everything.
+
+    Raises:
+        ValueError: the message names what is there.
+    """
+    folder = Path(folder)
+    candidates = [folder / name for name in names] if names is not None else [folder]
+    taken = [
+        path
+        for path in candidates
+        if (path.is_file() and path != folder) or (path.is_dir() and any(path.iterdir()))
+    ]
+    if taken:
+        raise ValueError(
+            f"there is something in {', '.join(repr(str(path)) for path in taken)} already. "
+            "Name another folder, or add --overwrite to replace it."
+        )
 
 
 def write_text_atomically(path: str | os.PathLike[str], text: str) -> None:

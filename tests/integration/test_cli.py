@@ -208,6 +208,63 @@ def test_a_stopped_run_resumes_bit_for_bit(workplace: Path) -> None:
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
+def test_a_finished_run_says_where_its_model_is_and_can_go_on(
+    workplace: Path, capsys: pytest.CaptureFixture[str], recwarn: pytest.WarningsRecorder
+) -> None:
+    run("train", "fit", "--config", "recall.yaml", "--trainer.max_epochs", "1")
+    folder = workplace / "runs" / "recall" / "version_0"
+    assert capsys.readouterr().out.splitlines()[-1] == f"model written to {folder / 'model'}"
+    last = folder / "checkpoints" / "last.ckpt"
+    run("train", "fit", "--config", "recall.yaml", "--ckpt_path", str(last), "--output", "longer")
+    assert capsys.readouterr().out.splitlines()[-1] == "model written to longer"
+    assert not [warning for warning in recwarn if "dirpath" in str(warning.message)]
+    first, longer = load_model(folder / "model").state_dict(), load_model("longer").state_dict()
+    assert any(not torch.equal(first[name], longer[name]) for name in first)
+
+
+def test_a_checkpoint_is_looked_for_before_any_work(
+    workplace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from memzoo.train.lightning_cli import TrainCLI
+
+    monkeypatch.setattr(TrainCLI, "instantiate_classes", lambda self: pytest.fail("work was begun"))
+    (workplace / "kept").mkdir()
+    (workplace / "kept" / "epoch=1.ckpt").write_text("")
+    config = ("--config", "recall.yaml")
+    for subcommand in ("validate", "test"):
+        assert "--ckpt_path" in fails(capsys, "train", subcommand, *config)
+        assert "random weights" in fails(capsys, "train", subcommand, *config)
+    for subcommand in ("fit", "validate", "test"):
+        for given in ("kept/last.ckpt", "kept"):
+            assert "There are kept/epoch=1.ckpt." in fails(
+                capsys, "train", subcommand, *config, "--ckpt_path", given
+            )
+        assert "no .ckpt file in 'runs'" in fails(
+            capsys, "train", subcommand, *config, "--ckpt_path", "runs/x.ckpt"
+        )
+
+
+def test_a_trained_model_is_not_replaced_unasked(
+    workplace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from memzoo.train.lightning_cli import TrainCLI
+
+    run("train", "fit", "--config", "recall.yaml", "--trainer.max_steps", "1", "--output", "mine")
+    before = load_model("mine").state_dict()
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainCLI, "instantiate_classes", lambda self: pytest.fail("work was begun"))
+        assert "'mine' already" in fails(
+            capsys, "train", "fit", "--config", "recall.yaml", "--output", "mine"
+        )
+    again = ["--config", "recall.yaml", "--trainer.max_steps", "2", "--output", "mine", "--overwrite"]
+    run("train", "fit", *again)
+    after = load_model("mine").state_dict()
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+    saved = yaml.safe_load((workplace / "runs" / "recall" / "version_1" / "config.yaml").read_text())
+    assert saved["output"] == "mine"
+    assert saved["overwrite"] is False
+
+
 def test_text_from_training_to_generation(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (workplace / "book.txt").write_text("It was the best of times, it was the worst of times. " * 60)
     config = yaml.safe_load((workplace / "recall.yaml").read_text())
@@ -222,7 +279,8 @@ def test_text_from_training_to_generation(workplace: Path, capsys: pytest.Captur
     config["trainer"] |= {"max_steps": 3, "max_epochs": None}
     (workplace / "text.yaml").write_text(yaml.safe_dump(config))
     run("train", "fit", "--config", "text.yaml", "--output", "tiny")
-    run("train", "validate", "--config", "text.yaml")
+    last = str(workplace / "runs" / "recall" / "version_0" / "checkpoints" / "last.ckpt")
+    run("train", "validate", "--config", "text.yaml", "--ckpt_path", last)
     capsys.readouterr()
 
     run("generate", "--model", "tiny", "--prompt", "It was", "--max_new_tokens", "5")
@@ -254,6 +312,8 @@ def test_print_config_can_be_read_back(workplace: Path, capsys: pytest.CaptureFi
         (["trian"], "Did you mean 'train'?"),
         (["train", "fti"], "Did you mean 'fit'?"),
         (["train", "--config", "recall.yaml"], "memzoo train knows no '--config'. Choose one of fit"),
+        (["train", "fit"], "Give --config with a YAML file or a name. Shipped ones are train/mqar_based"),
+        (["train", "fit", "--data.type", "mqar"], "Give --config"),
         (["train", "fit", "--config", "missing.yaml"], "there is no configuration file 'missing.yaml'"),
         (["train", "fit", "--config", "nope.yaml"], "Shipped ones are train/mqar_based, train/mqar_window"),
         (["train", "fit", "--config", "mqar_based.yml"], "Did you mean 'train/mqar_based'?"),

@@ -77,6 +77,7 @@ def test_runs_train_three_steps(name: str, tmp_path: Path, monkeypatch: pytest.M
     assert cli.main(["train", "fit", "--config", name, *small, *run, "--output", "model"]) == 0
     assert (tmp_path / "model" / "config.json").is_file()
     assert list(tmp_path.glob("runs/*/version_0/metrics.csv"))
+    assert list(tmp_path.glob("runs/*/version_0/checkpoints/last.ckpt"))
     assert list(tmp_path.glob("runs/*/version_0/events.out.tfevents.*"))
 
 

@@ -83,6 +83,7 @@ def command_problems(words: list[str]) -> list[str]:
             "print_config",
             "ckpt_path",
             "output",
+            "overwrite",
             "seed_everything",
             "model",
             "data",
