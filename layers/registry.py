@@ -40,8 +40,15 @@ def register_mixer(
     """Adds a mixer of your own; configs and saved models may then name it.
 
     Raises:
+        TypeError: `mixer` is no subclass of TokenMixer, or `config` none of MixerConfig.
         ValueError: the name is taken.
     """
+    for word, given, base in (("mixer", mixer, TokenMixer), ("config", config, MixerConfig)):
+        if not (isinstance(given, type) and issubclass(given, base)):
+            raise TypeError(
+                f"the {word} of {name!r} must be a subclass of {base.__name__}, got {given!r}. "
+                "Call register_mixer(name, MyMixer, MyMixerConfig)."
+            )
     if name in _MIXERS:
         raise ValueError(
             f"a mixer named {name!r} is registered already ({_MIXERS[name].mixer.__name__}). Choose another "
@@ -69,6 +76,12 @@ def mixer_config(values: Mapping[str, Any] | MixerConfig) -> MixerConfig:
     """
     if isinstance(values, MixerConfig):
         return values
+    if not isinstance(values, Mapping):
+        name = values if isinstance(values, str) else "based"
+        raise ValueError(
+            f"a mixer config must be a mapping with a type, got {values!r}. "
+            f'Write {{"type": "{name}", "d_model": ...}}.'
+        )
     if "type" not in values:
         raise ValueError(
             f"a mixer config needs a type, got the keys {sorted(values)}. Add one of: "

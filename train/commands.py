@@ -49,7 +49,7 @@ def evaluate_perplexity(
     from .data.tokenizers import load_tokenizer
     from .evaluate import position_losses
 
-    source = _checkpoint(model)
+    source = _place(model)
     is_file = Path(text).suffix in (".txt", ".jsonl")
     documents = read_documents(text) if is_file else [item.text for item in load_text(text)]
     if not 0 <= document < len(documents):
@@ -177,6 +177,7 @@ def convert(
     align_steps: int | None = None,
     tune_steps: int | None = None,
     accelerator: str = "auto",
+    overwrite: bool = False,
 ) -> str:
     """Convert a pretrained model into a memory hybrid, tune it, and measure it beside its controls.
 
@@ -191,14 +192,16 @@ def convert(
         align_steps: replaces the number of alignment steps of the recipe.
         tune_steps: replaces the number of tune steps of the recipe.
         accelerator: where to train, as Lightning names it.
+        overwrite: replace the results of an earlier conversion in the output folder.
     """
     from ..models.checkpoints.folder import load_model, read_model_config
     from ..models.hf import save_model
-    from ..records import results_folder, write_record
+    from ..records import refuse_content, results_folder, write_record
     from .comparison import comparison_results, comparison_table
     from .convert import (
         FIRST_TOKEN,
         WINDOW_SIZE,
+        Conversion,
         book_tokens,
         check_recipe,
         convert_and_compare,
@@ -210,17 +213,26 @@ def convert(
     from .evaluate import window_starts
 
     chosen = read_recipe(recipe, seed=seed, align_steps=align_steps, tune_steps=tune_steps)
-    place = _checkpoint(source)
+    place = _place(source)
     # all that can be wrong is found before the weights are read
     check_recipe(chosen, read_model_config(place))
-    folder = results_folder(output)
+    folder = Path(output)
+    if not overwrite:
+        refuse_content(folder, ("hybrid", "control", "report.json"))
+    results_folder(folder)
     for name in ("hybrid", "control") if control else ("hybrid",):
         results_folder(folder / name)
     _check_output(str(folder / "report.json"))
     tokenizer = load_tokenizer(place)
-    tokens = {book: book_tokens(tokenizer, book) for book in books}
+    tokens = {book: book_tokens(tokenizer, book) for book in ([books] if isinstance(books, str) else books)}
     for ids in tokens.values():
         window_starts(len(ids), WINDOW_SIZE, num_windows, FIRST_TOKEN)
+
+    def save(name: str, conversion: Conversion) -> None:
+        if name == "hybrid":
+            _drop_results(folder)
+        save_model(conversion.model, folder / name, tokenizer)
+
     rows, hybrid, tuned_control = convert_and_compare(
         load_model(place).eval(),
         place,
@@ -230,12 +242,12 @@ def convert(
         with_control=control,
         accelerator=accelerator,
         # saved as soon as it is trained, so that a later failure loses nothing
-        on_trained=lambda name, conversion: save_model(conversion.model, folder / name, tokenizer),
+        on_trained=save,
     )
     results = comparison_results(rows) | training_results(hybrid, tuned_control)
     results["report"] = hybrid.report.to_dict()
     write_record(folder / "report.json", name="convert", config=recipe_dict(chosen), results=results)
-    return comparison_table(rows)
+    return f"{comparison_table(rows)}\n\nmodel written to {folder / 'hybrid'}"
 
 
 def generate(
@@ -279,7 +291,7 @@ def generate(
         raise ValueError(
             f"temperature must not be negative, got {temperature}. Use 0 for the most likely token."
         )
-    source = _checkpoint(model)
+    source = _place(model)
     words = load_tokenizer(tokenizer or source)
     if chat:
         if not words.chat_template:
@@ -318,11 +330,12 @@ def inspect(model: str, num_tokens: int = 4096, dtype: DType = "float32") -> str
     """
     import torch
 
+    from ..models.checkpoints.fetch import locate
     from ..models.checkpoints.folder import read_model_config
     from .inspection import facts_table, inspect_model
 
-    source = _checkpoint(model)
-    is_checkpoint = Path(source).is_dir() or Path(source).suffix == ".gguf"
+    source = str(locate(model))
+    is_checkpoint = Path(source).is_dir() or Path(source).suffix in (".gguf", ".ckpt")
     described = read_model_config(source) if is_checkpoint else _read_yaml_config(source)
     return facts_table(inspect_model(described, num_tokens, dtype=getattr(torch, dtype)))
 
@@ -356,8 +369,9 @@ def bench(
     dtype: DType = "float32",
     output: str | None = None,
 ) -> str:
-    """Time one mixer beside full attention of the same width: forward, forward + backward, and one decoded
-    token.
+    """Time one mixer beside full attention of the same width.
+
+    Timed are a forward pass, forward with backward, and one decoded token.
 
     Args:
         mixer: registered type; `memzoo list --what mixers` shows them.
@@ -399,13 +413,23 @@ def bench(
     return _table(rows)
 
 
-def _checkpoint(name: str) -> str:
-    """The place of a model: the name itself, or the cached file of a model that has a name."""
-    if name != "smollm2-135m":
-        return name
-    from ..models.checkpoints.fetch import fetch_smollm2
+def _place(name: str) -> str:
+    """Where the model of this name is; raises ValueError when none is there."""
+    from ..models.checkpoints.fetch import locate
+    from ..models.checkpoints.folder import checked_place
 
-    return str(fetch_smollm2())
+    return str(checked_place(locate(name)))
+
+
+def _drop_results(folder: Path) -> None:
+    """Remove what an earlier conversion left and a new one may not replace."""
+    import shutil
+
+    from ..models.checkpoints.files import MANIFEST_NAME
+
+    (folder / "report.json").unlink(missing_ok=True)
+    if (folder / "control" / MANIFEST_NAME).is_file():
+        shutil.rmtree(folder / "control")
 
 
 def _load_model(source: str, device: str, dtype: DType) -> MemoryLM:
@@ -413,10 +437,6 @@ def _load_model(source: str, device: str, dtype: DType) -> MemoryLM:
 
     from ..models.checkpoints.folder import load_model
 
-    if not Path(source).exists():
-        raise ValueError(
-            f"there is no model at {source!r} (looked in {Path.cwd()}). Give a folder or a .gguf file."
-        )
     return load_model(source, dtype=getattr(torch, dtype)).to(_device(device)).eval()
 
 

@@ -30,6 +30,11 @@ def cache_folder() -> Path:
     return Path(os.environ.get("MEMZOO_CACHE") or "~/.cache/memzoo").expanduser()
 
 
+def locate(name: str | os.PathLike[str]) -> Path:
+    """Where a model is: the path that was given, or the cached file of "smollm2-135m" (fetched once)."""
+    return fetch_smollm2() if os.fspath(name) == "smollm2-135m" else Path(name)
+
+
 def fetch_smollm2(cache: Path | None = None) -> Path:
     """Return the SmolLM2-135M-Instruct GGUF file (Q4_1), downloading it if the cache does not hold it.
 

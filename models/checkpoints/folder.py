@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,7 +23,7 @@ from .families import (
     gguf_weight_map,
     hf_weight_map,
 )
-from .files import StrPath, read_json, verify_folder, write_folder
+from .files import MANIFEST_NAME, StrPath, read_json, verify_folder, write_folder
 from .gguf_files import open_gguf
 from .safetensors_files import (
     INDEX_NAME,
@@ -40,6 +41,44 @@ MODEL_KEY = "memory"  # where their config.json holds the ModelConfig
 _IGNORED = re.compile(r"(.*\.)?rotary_emb\.inv_freq")
 
 
+def checked_place(path: StrPath) -> Path:
+    """The path of a checkpoint, after a look at whether one can be there; nothing is read.
+
+    Raises:
+        CheckpointError: nothing is there, a training checkpoint, or a folder without a model; the message
+            names the models that lie nearby.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise CheckpointError(
+            f"{str(path)!r} does not exist (looked in {Path.cwd()}). {_nearest(path)}"
+            "Give a model folder or a .gguf file."
+        )
+    if path.suffix == ".ckpt":
+        model = path.parent.parent / "model"
+        there = f"That of this run is {str(model)!r}." if (model / CONFIG_NAME).is_file() else ""
+        raise CheckpointError(
+            f"{path} is a checkpoint of training, which only `memzoo train` reads. "
+            f"A model is a folder, written at the end of a run. {there}"
+        )
+    if path.is_dir() and not any((path / name).is_file() for name in (CONFIG_NAME, MANIFEST_NAME)):
+        inner = [
+            str(file.parent)
+            for pattern in ("*", "*/*", "*/*/*")
+            for file in sorted(path.glob(f"{pattern}/{CONFIG_NAME}"))
+        ]
+        there = f"Models lie in {', '.join(inner[:4])}." if inner else "Give the folder of a model."
+        raise CheckpointError(f"the folder {str(path)!r} holds no {CONFIG_NAME}. {there}")
+    return path
+
+
+def _nearest(path: Path) -> str:
+    """A question after the sibling with the nearest name, if there is one."""
+    names = [item.name for item in path.parent.iterdir()] if path.parent.is_dir() else []
+    close = difflib.get_close_matches(path.name, names, n=1, cutoff=0.6)
+    return f"Did you mean {str(path.parent / close[0])!r}? " if close else ""
+
+
 def read_model_config(path: StrPath) -> ModelConfig:
     """The config of a checkpoint: a folder saved by memzoo, a Llama-style folder, or a GGUF file.
 
@@ -47,7 +86,7 @@ def read_model_config(path: StrPath) -> ModelConfig:
         CheckpointError: nothing readable there, another kind of model, or a value that is missing or
             impossible.
     """
-    path = _checked(path)
+    path = checked_place(path)
     if path.is_file():
         return config_from_gguf(open_gguf(path))
     verify_folder(path, only=[CONFIG_NAME])
@@ -83,7 +122,7 @@ def config_from_own(values: Mapping[str, Any], where: str) -> ModelConfig:
 
 def read_token_ids(path: StrPath) -> dict[str, Any]:
     """The `bos_token_id`, `eos_token_id` and `pad_token_id` that a checkpoint states."""
-    path = _checked(path)
+    path = checked_place(path)
     if path.is_file():
         metadata = open_gguf(path).metadata
         names = {
@@ -114,7 +153,7 @@ def read_weights(
     Raises:
         CheckpointError: no or damaged weights, or names, shapes and dtypes that are not those of the config.
     """
-    path = _checked(path)
+    path = checked_place(path)
     config = config or read_model_config(path)
     if path.is_file():
         file = open_gguf(path)
@@ -303,10 +342,3 @@ def _check_names(
             raise CheckpointError(
                 f"{where}: {name!r} has shape {tuple(shapes[name])}, the config implies {shape}."
             )
-
-
-def _checked(path: StrPath) -> Path:
-    path = Path(path)
-    if not path.exists():
-        raise CheckpointError(f"{path} does not exist. Give a checkpoint folder or a GGUF file.")
-    return path

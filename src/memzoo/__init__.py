@@ -27,26 +27,39 @@ __all__ = ["convert", "load", "swap"]
 
 
 def load(
-    source: str | os.PathLike[str], *, dtype: torch.dtype | None = None, device: str = "cpu"
+    source: str | os.PathLike[str], *, dtype: torch.dtype | str | None = None, device: str = "cpu"
 ) -> MemoryLM:
     """Loads a model: a folder saved by this library, a Llama-style Hugging Face folder, or a .gguf file.
 
     Args:
-        source: the folder or file.
-        dtype: of the weights; default float32.
+        source: the folder or file, or "smollm2-135m" (fetched once into the cache).
+        dtype: of the weights, such as torch.bfloat16 or "bfloat16"; default as stored (.gguf: float32).
         device: where to put it.
 
     Raises:
-        ValueError: nothing readable there, damaged, or a model of another kind.
+        ValueError: nothing readable there, damaged, or a model of another kind; an unknown dtype; or a CUDA
+            device where torch finds none.
     """
+    import torch
+
+    from .models.checkpoints.fetch import locate
     from .models.checkpoints.folder import load_model
 
-    model = load_model(source) if dtype is None else load_model(source, dtype=dtype)
-    return model.to(device).eval()
+    chosen = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    if dtype is not None and not (isinstance(chosen, torch.dtype) and chosen.is_floating_point):
+        raise ValueError(
+            f"dtype must be a floating-point dtype of torch or its name, such as 'bfloat16', got {dtype!r}."
+        )
+    if str(device).startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"device {str(device)!r} was asked for, but torch finds no CUDA device. Use 'cpu'.")
+    return load_model(locate(source), dtype=chosen, device=device).eval()
 
 
 def convert(
-    source: str | os.PathLike[str], output: str | os.PathLike[str], recipe: str = "lolcats", **options: Any
+    source: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    recipe: str | os.PathLike[str] = "lolcats",
+    **options: Any,
 ) -> str:
     """Converts a pretrained model into a memory hybrid and measures it; see `memzoo.train.commands.convert`.
 
@@ -57,11 +70,16 @@ def convert(
         options: further arguments of `memzoo.train.commands.convert`.
 
     Returns:
-        the comparison as a table.
+        the comparison as a table, and where the model is.
     """
+    if not isinstance(recipe, (str, os.PathLike)):
+        raise TypeError(
+            f"recipe must be the name of a shipped recipe or a YAML file, got {type(recipe).__name__}. "
+            "Write its fields into a .yaml file and name that."
+        )
     from .train.commands import convert as run
 
-    return run(os.fspath(source), os.fspath(output), recipe, **options)
+    return run(os.fspath(source), os.fspath(output), os.fspath(recipe), **options)
 
 
 def swap(model: PreTrainedModel, mixers: Mapping[int, Mapping[str, Any] | MixerConfig]) -> PreTrainedModel:

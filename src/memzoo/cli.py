@@ -165,7 +165,13 @@ def _run_typed(name: str, target: str, args: list[str]) -> Any:
     function = _load(target)
     _refuse_unknown_flags(name, function, args)
     try:
-        return auto_cli(function, args=args, as_positional=False, prog=f"memzoo {name}", parser_class=Parser)
+        return auto_cli(
+            function,
+            args=_with_values(function, args),
+            as_positional=False,
+            prog=f"memzoo {name}",
+            parser_class=Parser,
+        )
     except ArgumentError as error:
         raise ValueError(str(error)) from error
 
@@ -181,6 +187,29 @@ def _refuse_unknown_flags(name: str, function: Callable[..., Any], args: Sequenc
             if flag.split(".")[0].rstrip("+") not in known:
                 nearest = _suggest(flag, known).replace("'", "")
                 raise ValueError(f"memzoo {name} has no flag --{flag}. {nearest}")
+
+
+def _with_values(function: Callable[..., Any], args: Sequence[str]) -> list[str]:
+    """The arguments with a bare switch as `--flag=true`, and single values as lists where one is wanted."""
+    import collections.abc
+    from typing import get_origin, get_type_hints
+
+    types = get_type_hints(function)
+    changed = list(args)
+    for position, token in enumerate(args):
+        flag, equals, value = token.partition("=")
+        wanted = types.get(flag[2:]) if flag.startswith("--") else None
+        following = args[position + 1 : position + 2]
+        if not equals and (not following or following[0].startswith("--")):
+            if wanted is bool:
+                changed[position] = f"{flag}=true"
+        elif get_origin(wanted) is collections.abc.Sequence:
+            value = value if equals else following[0]
+            if not value.startswith("["):
+                changed[position if equals else position + 1] = (
+                    f"{flag}=[{value}]" if equals else f"[{value}]"
+                )
+    return changed
 
 
 def _load(target: str) -> Callable[..., Any]:

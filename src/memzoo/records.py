@@ -81,8 +81,10 @@ def read_record(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Read a record back.
 
     Raises:
-        ValueError: the file is not a record, or of a newer format.
+        ValueError: there is no such file, it is not a record, or of a newer format.
     """
+    if not Path(path).is_file():
+        raise ValueError(f"there is no record {str(path)!r} (looked in {Path.cwd()}). Check the path.")
     try:
         record = json.loads(Path(path).read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:

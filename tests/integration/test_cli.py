@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +16,7 @@ import pytest
 import torch
 import yaml
 
+import memzoo
 from memzoo import cli
 from memzoo.models.checkpoints.folder import load_model
 from memzoo.records import read_record
@@ -271,16 +274,16 @@ def test_text_from_training_to_generation(workplace: Path, capsys: pytest.Captur
     config["model"]["config"]["vocab_size"] = 257
     config["data"] = {
         "type": "text",
-        "files": ["book.txt"],
+        "files": [],
         "seq_len": 32,
         "batch_size": 4,
         "val_fraction": 0.2,
     }
     config["trainer"] |= {"max_steps": 3, "max_epochs": None}
     (workplace / "text.yaml").write_text(yaml.safe_dump(config))
-    run("train", "fit", "--config", "text.yaml", "--output", "tiny")
+    run("train", "fit", "--config", "text.yaml", "--data.files", "book.txt", "--output", "tiny")
     last = str(workplace / "runs" / "recall" / "version_0" / "checkpoints" / "last.ckpt")
-    run("train", "validate", "--config", "text.yaml", "--ckpt_path", last)
+    run("train", "validate", "--config", "text.yaml", "--data.files=book.txt", "--ckpt_path", last)
     capsys.readouterr()
 
     run("generate", "--model", "tiny", "--prompt", "It was", "--max_new_tokens", "5")
@@ -345,8 +348,12 @@ def test_print_config_can_be_read_back(workplace: Path, capsys: pytest.CaptureFi
         (["inspect"], "model"),
         (["inspect", "--model", "train/mqar_based", "--num_tokens", "many"], "num_tokens"),
         (["evaluate", "perplxity"], "Did you mean 'perplexity'?"),
-        (["evaluate", "perplexity", "--model", "nowhere", "--tokenizer", "bytes"], "no model at 'nowhere'"),
-        (["generate", "--model", "nowhere", "--prompt", "x"], "no tokenizer at 'nowhere'"),
+        (
+            ["evaluate", "perplexity", "--model", "nowhere", "--tokenizer", "bytes"],
+            "'nowhere' does not exist",
+        ),
+        (["generate", "--model", "nowhere", "--prompt", "x"], "'nowhere' does not exist"),
+        (["evaluate", "compare", "--a", "a.json", "--b", "b.json"], "there is no record 'a.json'"),
         (["bench", "--mixer", "basde"], "Did you mean 'based'?"),
     ],
 )
@@ -354,6 +361,41 @@ def test_mistakes_print_one_clean_line(
     workplace: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
     assert message in fails(capsys, *arguments)
+
+
+def test_a_place_without_a_model_names_those_nearby(
+    workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for place in ("runs/a/version_0/model", "out/hybrid", "out/control"):
+        (workplace / place).mkdir(parents=True)
+        (workplace / place / "config.json").write_text("{}")
+    (workplace / "runs/a/version_0/checkpoints").mkdir()
+    (workplace / "runs/a/version_0/checkpoints/last.ckpt").write_bytes(b"\x80")
+    (workplace / "empty").mkdir()
+    for given, named in (
+        ("runs/a/version_0/modle", "Did you mean 'runs/a/version_0/model'?"),
+        ("runs/a/version_0", "Models lie in runs/a/version_0/model."),
+        ("runs", "Models lie in runs/a/version_0/model."),
+        ("runs/a/version_0/checkpoints/last.ckpt", "That of this run is 'runs/a/version_0/model'."),
+        ("out", "Models lie in out/control, out/hybrid."),
+        ("empty", "Give the folder of a model."),
+    ):
+        assert named in fails(capsys, "generate", "--model", given, "--prompt", "x")
+        with pytest.raises(ValueError, match=re.escape(named)):
+            memzoo.load(given)
+    assert "Models lie in" in fails(capsys, "inspect", "--model", "out")
+    assert "That of this run" in fails(capsys, "inspect", "--model", "runs/a/version_0/checkpoints/last.ckpt")
+    assert "Models lie in" in fails(capsys, "evaluate", "perplexity", "--model", "out", "--text", "emma")
+    assert "Models lie in" in fails(capsys, "evaluate", "mqar", "--model", "out")
+
+
+def test_the_summary_of_a_command_is_a_sentence() -> None:
+    for command in cli.COMMANDS.values():
+        targets = [command.target] if isinstance(command.target, str) else list(command.target.values())
+        for target in targets:
+            lines = inspect.getdoc(cli._load(target)).split("\n")
+            assert lines[0].endswith("."), target
+            assert not any(lines[1:2]), target
 
 
 def test_debug_shows_where(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -369,6 +411,7 @@ def test_list_and_bench(capsys: pytest.CaptureFixture[str], workplace: Path) -> 
     shown = capsys.readouterr().out
     for word in ("based", "moby_dick", "train/mqar_based", "linear_attention"):
         assert word in shown
+    run("bench", "--mixer", "based", "--d_model", "8", "--lengths", "16", "--settings", "{num_heads: 2}")
     sizes = ["--d_model", "8", "--lengths", "[16, 200]", "--settings", "{num_heads: 2}"]
     run("bench", "--mixer", "based", *sizes, "--output", "bench.json")
     figures = read_record("bench.json")["results"]["figures"]

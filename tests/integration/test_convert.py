@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import math
+import shutil
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -64,7 +69,9 @@ def converted(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     recipe = output / "recipe.yaml"
     recipe.write_text(RECIPE, encoding="utf-8")
     arguments = ["--source", str(source), "--output", str(output), "--recipe", str(recipe)]
-    assert main(["convert", *arguments, "--num_windows", "2", "--accelerator", "cpu"]) == 0
+    with contextlib.redirect_stdout(io.StringIO()) as shown:
+        assert main(["convert", *arguments, "--num_windows", "2", "--accelerator", "cpu"]) == 0
+    assert shown.getvalue().splitlines()[-1] == f"model written to {output / 'hybrid'}"
     return output
 
 
@@ -84,6 +91,58 @@ def test_writes_both_models_and_a_report(converted: Path) -> None:
     assert 0.7 < control["num_trained"] / hybrid["num_trained"] < 1.5  # a rank is a whole number
     assert all(check["passed"] for check in record["results"]["report"]["checks"])
     assert record["config"]["align_steps"] == 3
+
+
+def test_results_are_replaced_only_when_asked_and_only_by_results(
+    source: Path,
+    converted: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    output = tmp_path / "results"
+    shutil.copytree(converted, output)
+    arguments = ["convert", "--source", str(source), "--output", str(output), "--num_windows", "2"]
+    arguments += ["--recipe", str(converted / "recipe.yaml")]
+    with monkeypatch.context() as patch:
+        patch.setattr(folder_reader, "load_model", lambda path: pytest.fail("the teacher was loaded"))
+        assert main(arguments) == 2
+    message = capsys.readouterr().err
+    assert "--overwrite" in message
+    assert all(repr(str(output / name)) in message for name in ("hybrid", "control", "report.json"))
+
+    def stopped(*given, on_trained, saves, **options):
+        if saves:
+            on_trained("hybrid", SimpleNamespace(model=given[0]))
+        raise ValueError("stopped")
+
+    monkeypatch.setattr("memzoo.train.convert.convert_and_compare", partial(stopped, saves=False))
+    assert main([*arguments, "--overwrite", "--control", "false"]) == 2
+    assert sorted(path.name for path in output.iterdir()) == [
+        "control", "hybrid", "recipe.yaml", "report.json"
+    ]  # fmt: skip
+    monkeypatch.setattr("memzoo.train.convert.convert_and_compare", partial(stopped, saves=True))
+    assert main([*arguments, "--overwrite", "--control", "false"]) == 2
+    assert sorted(path.name for path in output.iterdir()) == ["hybrid", "recipe.yaml"]
+    assert memzoo.load(output / "hybrid").config == memzoo.load(source).config
+
+
+def test_load_takes_names_of_dtypes_and_refuses_what_is_not_there(
+    source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert memzoo.load(source, dtype="bfloat16").embed_tokens.weight.dtype == torch.bfloat16
+    assert memzoo.load(source, dtype=torch.float64).embed_tokens.weight.dtype == torch.float64
+    for dtype in ("bflaot16", "int8", "nn", 16):
+        with pytest.raises(ValueError, match="dtype must be"):
+            memzoo.load(source, dtype=dtype)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        with pytest.raises(ValueError, match="finds no CUDA device"):
+            memzoo.load(source, device="cuda")
+    monkeypatch.setattr("memzoo.models.checkpoints.fetch.fetch_smollm2", lambda: source)
+    assert memzoo.load("smollm2-135m").config == memzoo.load(source).config
+    with pytest.raises(TypeError, match="or a YAML file, got dict"):
+        memzoo.convert(source, "x", recipe={"align_steps": 3})
 
 
 def test_the_folders_load_everywhere(converted: Path) -> None:
@@ -152,6 +211,7 @@ def test_a_mistake_is_told_before_any_work(
         ([*given, "--output", str(source / "config.json")], "config.json"),
         ([*given, "--output", str(tmp_path / "taken")], "taken/hybrid"),
         ([*given, *fresh, "--books", "[emma, moby_duck]"], "moby_dick"),
+        ([*given, *fresh, "--books", "moby_duck"], "moby_dick"),
         ([*given, *fresh, "--num_windows", "0"], "num_windows >= 1"),
         ([*given, *fresh, "--num_windows", "100000"], "room for"),
     ):
