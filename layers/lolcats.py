@@ -45,7 +45,7 @@ class LolcatsConfig(HeadsConfig):
     """Configuration of `Lolcats`; heads as in `HeadsConfig`.
 
     Attributes:
-        window_size: w.
+        window_size: w, tokens of the window, the own one included.
         num_sinks: first tokens of the sequence that stay in the softmax part.
         window: "sliding" or "terrace".
         feature_dim: F, half the number of features.
