@@ -10,7 +10,8 @@ attention   windows of 64, 256 and 1,024 keys beside full causal attention and a
             peak memory
 linear      linear attention, plain, decayed and normalised, beside the plain PyTorch functions of
             flash-linear-attention (its kernels need a GPU) where it can be imported, and as a share of the
-            rate of batched matmuls of the machine, measured in the same run
+            rate of batched matmuls of the machine, measured in the same run; with the error of each against
+            the definition in float64
 decode      one token against caches of 1k and 64k tokens: a window, full attention by us and by SDPA
 
 A combination that would need more memory or time than the limits is named in the record with its reason.
@@ -37,6 +38,7 @@ WINDOWS = (64, 256, 1024)
 MASK_WINDOW = 256
 KEY_WIDTHS = (64, 128, 256)
 CHUNK_SIZE = 64
+ERROR_TOKENS = 1024  # of linear attention, compared with the definition
 DTYPES = (torch.float32, torch.bfloat16)
 MODES = ("forward", "forward+backward")
 PARTS = ("attention", "linear", "decode")
@@ -97,7 +99,7 @@ def _sentence(row: Row) -> str:
         return f"{row['function']} ({setting}): skipped, {row['skipped']}"
     extra = "".join(
         f", {key} {row[key]:.3g}"
-        for key in ("peak_mib", "gflops", "share_of_matmul_rate")
+        for key in ("peak_mib", "gflops", "share_of_matmul_rate", "relative_error")
         if row.get(key) is not None
     )
     return (
@@ -227,6 +229,7 @@ def _linear(device: torch.device, options: Any) -> Iterator[Row]:
             g = (-0.1 * torch.rand(1, length, NUM_HEADS, device=device)).to(dtype).requires_grad_()
             # per token: inside a chunk C (K + V) multiply-adds, into and out of the state 2 K V
             flops = 2 * NUM_HEADS * length * (CHUNK_SIZE * (width + HEAD_DIM) + 2 * width * HEAD_DIM)
+            errors = _linear_errors(q, k, v, g)
             for mode in MODES:
                 calls = {
                     name: _in_mode(mode, function, [q, k, v, *([g] if "decay" in name else [])])
@@ -235,8 +238,33 @@ def _linear(device: torch.device, options: Any) -> Iterator[Row]:
                 for name, row in _measure(calls, device, options.budget, with_memory=True):
                     # a backward pass is counted as twice the forward pass, what it recomputes is not counted
                     done = flops * (1 if mode == "forward" else 3) / row["median_ms"] / 1e6
-                    row = {**row, "gflops": done, "share_of_matmul_rate": done / best}
+                    row = {
+                        **row,
+                        "gflops": done,
+                        "share_of_matmul_rate": done / best,
+                        "relative_error": errors[name],
+                    }
                     yield {"function": name, "setting": {**setting, "mode": mode}, **row}
+
+
+def _linear_errors(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> dict[str, float]:
+    """Root mean square error of each function over that of the definition in float64, on the first tokens."""
+    first = [x.detach()[:, :ERROR_TOKENS] for x in (q, k, v, g)]
+    wide_q, wide_k, wide_v, wide_g = (x.double() for x in first)
+    plain = linear_attention(wide_q, wide_k, wide_v, backend="reference")[0]
+    truths = {
+        "normalised": linear_attention(
+            wide_q.square(), wide_k.square(), wide_v, normalize=True, backend="reference"
+        )[0],
+        "decay": linear_attention(wide_q, wide_k, wide_v, g=wide_g, backend="reference")[0],
+    }
+    found = {}
+    with torch.no_grad():
+        for name, function in _linear_functions(*first).items():
+            truth = truths.get(name.rpartition(", ")[2], plain)
+            found[name] = float((function().double() - truth).square().mean().sqrt())
+            found[name] /= float(truth.square().mean().sqrt())
+    return found
 
 
 def _linear_functions(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> dict[str, Callable[[], Tensor]]:

@@ -400,7 +400,12 @@ def kernel_table(argument: str, page: Path) -> str:
         if not measured:
             continue
         settings = list(dict.fromkeys(key for row in measured for key in row["setting"]))
-        figures = {"median_ms": "ms", "peak_mib": "peak MiB", "share_of_matmul_rate": "share of matmul rate"}
+        figures = {
+            "median_ms": "ms",
+            "peak_mib": "peak MiB",
+            "share_of_matmul_rate": "share of matmul rate",
+            "relative_error": "relative error",
+        }
         shown = [key for key in figures if any(row.get(key) is not None for row in measured)]
         rows = []
         for row in measured:

@@ -31,6 +31,9 @@ def test_quick_run_writes_a_record(main, tmp_path: Path) -> None:
     ours = [row for row in results["linear"] if row["function"] == "linear_attention"]
     assert len(ours) == 4
     assert all(row["share_of_matmul_rate"] > 0 for row in ours)
+    bounds = {"float32": 1e-5, "bfloat16": 5e-3}
+    measured = [row for row in results["linear"] if "mode" in row["setting"]]
+    assert all(0 < row["relative_error"] < bounds[row["setting"]["dtype"]] for row in measured)
 
 
 def test_what_exceeds_a_limit_is_named(main, tmp_path: Path) -> None:
