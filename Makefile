@@ -33,7 +33,7 @@ setup: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("make setup needs Python 3.11 or later, found " + sys.version.split()[0] + ". Say make setup PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'
-	@echo "Installing into $(VENV) (about 1.7 GB; a few minutes) ..."
+	@echo "Installing into $(VENV) (1.7 GB with a CPU build of torch, several GB with a CUDA build; a few minutes) ..."
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
 	$(PIP) setuptools wheel
 	$(PIP) torch

@@ -19,7 +19,9 @@ class OptimizerConfig:
         lr: peak learning rate; a parameter tagged with ``lr_scale`` gets this times its scale.
         weight_decay: decoupled decay. Vectors and parameters tagged ``weight_decay=False`` (norms, gates,
             decays) get none.
-        beta1, beta2, eps: Adam's moments.
+        beta1: share of the old running mean of the gradient that each step keeps.
+        beta2: share of the old running mean of the squared gradient that each step keeps.
+        eps: added to the root of that mean square, below which a step no longer grows.
         schedule: how the rate falls after the warm-up, over the whole run.
         warmup_steps: optimiser steps of linear rise from (almost) zero.
         min_lr_ratio: the last rate as a share of the peak, for ``cosine`` and ``linear``.

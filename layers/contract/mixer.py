@@ -170,7 +170,7 @@ class TokenMixer(nn.Module):
         )
         if ctx.batch_size == 0:
             return self._no_sequences(x, ctx, state)
-        out = self.mix(ctx.pack(x), ctx, state)
+        out = self._checked(self.mix(ctx.pack(x), ctx, state))
         extras = {name: ctx.unpack(value) for name, value in out.extras.items()}
         return LayerOutput(ctx.unpack(out.hidden), out.state, out.aux, extras)
 
@@ -201,7 +201,7 @@ class TokenMixer(nn.Module):
         if ctx.batch_size == 0:
             out = self._no_sequences(x_t[:, None], ctx, state)
         else:
-            out = self.mix_step(x_t[:, None], ctx, state)
+            out = self._checked(self.mix_step(x_t[:, None], ctx, state))
         if donate:
             state.poison()
         return LayerOutput(out.hidden.squeeze(1), out.state, out.aux, out.extras)
@@ -252,6 +252,14 @@ class TokenMixer(nn.Module):
         return ", ".join(
             f"{k}={v!r}" for k, v in self.config.to_dict().items() if not isinstance(v, (dict, list))
         )
+
+    def _checked(self, out: LayerOutput) -> LayerOutput:
+        if not isinstance(out, LayerOutput):
+            raise TypeError(
+                f"mix of {type(self).__name__} must return LayerOutput(hidden, state), "
+                f"got {type(out).__name__}."
+            )
+        return out
 
     def _no_sequences(self, x: Tensor, ctx: SequenceContext, state: Any) -> LayerOutput:
         """The answer to a batch without rows, which no mixer has to think of."""

@@ -29,7 +29,8 @@ class HeadsConfig(MixerConfig):
         rope_scaling: scaling rule of the rotary positions, see `Rotary`.
         qk_norm: RMS-normalise each head of queries and keys before the rotation (Qwen3).
         norm_eps: of those norms.
-        qkv_bias, o_bias: biases of the projections (Qwen2 has the first).
+        qkv_bias: biases of the projections to queries, keys and values (Qwen2 has them).
+        o_bias: bias of the projection to the output.
     """
 
     num_heads: int

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
@@ -797,6 +797,34 @@ def check_overrides(subject: Subject) -> float:
     return worst
 
 
+def check_interface(mixer: TokenMixer) -> None:
+    """What all other checks take for granted: the methods are there, and give a state and a LayerOutput."""
+    if not isinstance(mixer, TokenMixer):
+        what = "the class " + mixer.__name__ if isinstance(mixer, type) else type(mixer).__name__
+        raise ContractError(
+            f"interface: a mixer is an instance of TokenMixer, got {what}. Give MyMixer(config), or the "
+            "config of a registered mixer."
+        )
+    kind = type(mixer)
+    for method in ("init_weights", "init_state", "mix", "flops_per_token"):
+        if getattr(kind, method) is getattr(TokenMixer, method):
+            raise ContractError(f"interface: {kind.__name__} does not implement {method}")
+    subject = Subject(mixer, dtype=torch.float32)
+    with torch.no_grad():
+        empty = _without_crash("interface", partial(subject.mixer.init_state, 2))
+        if not isinstance(empty, State):
+            raise ContractError(
+                f"interface: init_state of {kind.__name__} must return a State, got {type(empty).__name__}"
+            )
+        x, streams = subject.inputs(2), subject.streams(2)
+        out = _without_crash("interface", partial(subject.mixer, x, streams=streams, return_state=True))
+    if type(out.state) is not type(empty):
+        raise ContractError(
+            f"interface: mix of {kind.__name__} must return the new state when ctx.return_state is set, a "
+            f"{type(empty).__name__}, got {type(out.state).__name__}. Write LayerOutput(hidden, state)."
+        )
+
+
 def check_compile(subject: Subject) -> float:
     """Promise 8: the training forward compiles as one graph and keeps numbers and gradients."""
     length = max(subject.mixer.span + 2, 12 if subject.mixer.needs else 0)
@@ -844,8 +872,9 @@ def check_mixer(
     Raises:
         ContractError: the first broken promise.
     """
-    if not isinstance(mixer, nn.Module):
+    if isinstance(mixer, (Mapping, MixerConfig)):
         mixer = build_mixer(mixer)
+    check_interface(mixer)
     report = ContractReport()
     for name, check in contract_checks(
         mixer, splits=splits, seed=seed, compile=compile, device=device
@@ -887,10 +916,20 @@ def contract_checks(
     checks["overrides"] = lambda: check_overrides(double())
     if compile:
         checks["compile"] = lambda: check_compile(single())
-    return checks
+    return {name: partial(_without_crash, name, check) for name, check in checks.items()}
 
 
 # ------------------------------------------------------------------ helpers
+
+
+def _without_crash(name: str, check: Callable[[], Any]) -> Any:
+    """Runs a check; what the mixer stumbles over is a broken promise too."""
+    try:
+        return check()
+    except ContractError:
+        raise
+    except Exception as error:
+        raise ContractError(f"{name}: the mixer stopped with {type(error).__name__}: {error}") from error
 
 
 def _check_made(check: Callable[[Subject], float], make: Callable[[], Subject]) -> float:
@@ -1002,6 +1041,11 @@ def _check_stored_vectors(subject: Subject) -> None:
         for name, tensor in after.named_tensors():
             if tensor.dtype != subject.dtype:
                 continue
+            if tensor.dim() < 3:
+                raise ContractError(
+                    f"bfloat16: {name} keeps {subject.dtype} and has shape {tuple(tensor.shape)}. What "
+                    "accumulates must be float32; stored tokens lie along dimension 1, as (N, slots, width)."
+                )
             known, new = _vectors(before[name]), _vectors(tensor)
             per_slot = math.prod(tensor.shape[2:-1])
             if len(new - known) > per_slot:

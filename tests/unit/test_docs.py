@@ -8,6 +8,7 @@ import inspect
 import re
 import runpy
 import shlex
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -16,6 +17,7 @@ import pytest
 
 from memzoo import cli, configs
 from memzoo.layers import list_mixers, mixer_config
+from memzoo.layers.registry import _MIXERS
 from memzoo.models.config import MLP_TYPES
 from memzoo.records import write_record
 
@@ -265,6 +267,30 @@ def test_yaml_blocks_are_yaml() -> None:
                 ModelConfig.from_dict(given | content)
             elif "target" in content:
                 ConversionRecipe(**content)
+
+
+def test_the_script_for_mixers_of_ones_own_finds_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (script,) = blocks(ROOT / "docs" / "add-a-mixer.md", "python")
+    (tmp_path / "run.py").write_text(script, encoding="utf-8")
+    (tmp_path / "my_memory.py").write_text(
+        "from memzoo.layers.registry import mixer_entry, register_mixer\n"
+        "entry = mixer_entry('based')\n"
+        "register_mixer('my_memory', entry.mixer, entry.config)\n"
+    )
+    (tmp_path / "mine.yaml").write_text(
+        "{vocab_size: 8, d_model: 8, layers: [{type: my_memory, num_heads: 1}]}"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr("memzoo.layers.registry._MIXERS", dict(_MIXERS))
+    monkeypatch.setattr(sys, "argv", ["run.py", "inspect", "--model", "mine.yaml"])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path("run.py")
+    sys.modules.pop("my_memory")
+    assert stop.value.code == 0
+    assert "my_memory" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", EXAMPLES)

@@ -66,9 +66,10 @@ class TextDataModule(LightningDataModule):
         texts: names of bundled texts (``memzoo list`` shows them).
         files: further ``.txt`` files (one document each) or ``.jsonl`` files (one document per line).
         text_field: field of a ``.jsonl`` line that holds the text.
-        val_texts, val_files: texts for validation; when both are empty, the last ``val_fraction`` of the
-            tokens is held out, whole documents where there is more than one.
-        val_fraction: share of the tokens held out.
+        val_texts: names of bundled texts for validation.
+        val_files: files for validation, as in ``files``.
+        val_fraction: share of the tokens, from the end, that is held out when there is neither of those;
+            whole documents where there is more than one.
         tokenizer: ``"bytes"``, a folder with a tokenizer, or a ``.gguf`` file.
         seq_len: tokens per window.
         batch_size: windows per batch.

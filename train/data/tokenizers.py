@@ -41,6 +41,8 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerFast:
         )
     from transformers import AutoTokenizer
 
+    from ...models import hf  # noqa: F401  # registers our model type, of which transformers warns otherwise
+
     return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
 
 

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from memzoo.models.config import ModelConfig
+from memzoo.models.decoder import MemoryLM
+from memzoo.models.hf import save_model
 from memzoo.train.data.text import TextDataModule, TokenStream, WindowBatches, held_out_start, read_documents
 from memzoo.train.data.tokenizers import byte_tokenizer, load_tokenizer
 
@@ -124,6 +129,14 @@ def test_bad_files_are_refused_by_name(tmp_path: Path, name: str, content: bytes
     path.write_bytes(content)
     with pytest.raises(ValueError, match=message):
         read_documents(str(path))
+
+
+def test_the_tokenizer_of_our_own_folders_loads_without_a_word(tmp_path: Path) -> None:
+    model = MemoryLM(ModelConfig(vocab_size=257, d_model=8, layers=[{"type": "based", "num_heads": 1}]))
+    save_model(model, tmp_path, byte_tokenizer())
+    code = f"from memzoo.train.data.tokenizers import load_tokenizer; load_tokenizer({str(tmp_path)!r})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "model of type" not in done.stderr
 
 
 def test_bad_settings_are_refused(tmp_path: Path) -> None:

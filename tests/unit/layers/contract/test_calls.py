@@ -212,6 +212,26 @@ def test_a_name_cannot_be_registered_twice():
         register_mixer("attention", mixer_entry("attention").mixer, MixerConfig)
 
 
+def test_a_registration_with_other_classes_is_refused():
+    entry = mixer_entry("attention")
+    for mixer, config in (
+        (entry.config, entry.mixer),
+        (build_mixer(WINDOW), entry.config),
+        (entry.mixer, torch.nn.Module),
+    ):
+        with pytest.raises(TypeError, match="'another' must be a subclass of"):
+            register_mixer("another", mixer, config)
+    assert "another" not in list_mixers()
+
+
+@pytest.mark.parametrize("given", ["based", None, ["based"]])
+def test_a_config_that_is_no_mapping_is_refused(given):
+    with pytest.raises(
+        ValueError, match=r'must be a mapping .* Write \{"type": "based", "d_model": \.\.\.\}'
+    ):
+        build_mixer(given)
+
+
 def test_a_choice_suggests_the_nearest():
     with pytest.raises(ValueError, match="Did you mean 'sliding'"):
         check_choice("window", "slidng", ("sliding", "terrace"))
