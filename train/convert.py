@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -109,12 +110,26 @@ class ConversionRecipe:
             )
         if "type" not in self.target:
             raise ValueError(f"the target of a conversion needs a type, got the keys {sorted(self.target)}.")
-        for name in ("seq_len", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        for name in ("align_steps", "tune_steps", "lora_rank", "new_lr_scale"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}.")
+        for name in ("seq_len", "batch_size", "align_steps", "tune_steps", "lora_rank", "seed"):
+            value, least = getattr(self, name), int(name in ("seq_len", "batch_size"))
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}.")
+        for name in ("align_lr", "tune_lr", "new_lr_scale", "kl_weight", "ce_weight"):
+            value, is_rate = getattr(self, name), name.endswith("_lr")
+            is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not is_number or not math.isfinite(value) or value < 0 or (is_rate and value == 0):
+                range_of = "a positive number" if is_rate else "a number of at least 0"
+                # YAML reads 1e-3, without a point, as text
+                raise ValueError(f"{name} must be {range_of}, got {value!r}. Write it as 0.001 or 1.0e-3.")
+        if not self.kl_weight + self.ce_weight:
+            raise ValueError("kl_weight and ce_weight must not both be 0. Leave them out for 1 and 0.")
+        for name in ("texts", "files", "lora_targets"):
+            value = getattr(self, name)
+            is_list = isinstance(value, Sequence) and not isinstance(value, str)
+            if not is_list or not all(isinstance(item, str) for item in value):
+                raise ValueError(f"{name} must be a list of names, got {value!r}. Write {name}: [NAME, ...].")
+        if isinstance(self.layers, Sequence) and not self.layers:
+            raise ValueError("layers must name a block, got []. Leave layers out to convert all.")
         if not self.texts and not self.files:
             object.__setattr__(self, "texts", ("state_of_the_union",))
 
@@ -365,7 +380,11 @@ def convert_and_compare(
         low = copy.deepcopy(model).to(torch.bfloat16).eval()
         losses = {}
         with tqdm(
-            desc=name, unit="window", total=num_windows * len(tokens), disable=not progress, leave=False
+            desc=name,
+            unit="window",
+            total=num_windows * len(tokens),
+            disable=not (progress and tokens),
+            leave=False,
         ) as line:
             for book, ids in tokens.items():
                 losses[book] = position_losses(
@@ -464,11 +483,19 @@ def check_recipe(recipe: ConversionRecipe, source: ModelConfig) -> None:
 
     Raises:
         ValueError: layers outside the model, a target that is no valid mixer or lacks a window or a memory
-            that can be switched off, projections that no layer has, training windows that never leave the
-            window of the mixer, or a training text that is not there.
+            that can be switched off or has other heads than the model, projections that no layer has,
+            training windows that never leave the window of the mixer, or a training text that is not there.
     """
     memoryless = window_only(recipe.target)
     window = MemoryLM(converted_config(source, memoryless, recipe.layers), device="meta")
+    for index in range(source.depth) if recipe.layers is None else recipe.layers:
+        replaced = source.mixers[index].to_dict()
+        for name in ("d_model", "num_heads", "num_kv_heads", "head_dim"):
+            if name in recipe.target and recipe.target[name] != replaced.get(name):
+                raise ValueError(
+                    f"the target has {name}={recipe.target[name]!r}, the attention of layer {index} has "
+                    f"{replaced.get(name)!r}. Leave {name} out to inherit it."
+                )
     hybrid = MemoryLM(converted_config(source, recipe.target, recipe.layers), device="meta")
     with memory_off(hybrid):
         pass

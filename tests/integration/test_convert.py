@@ -188,7 +188,19 @@ def test_memory_off_leaves_the_window(converted: Path) -> None:
         ("align_stepz: 3", "Did you mean 'align_steps'"),
         ("- 1", "must hold a mapping"),
         ("target: {window_size: 4}", "needs a type"),
-        ("seq_len: 0", "seq_len must be at least 1"),
+        ("seq_len: 0", "seq_len must be an integer of at least 1, got 0"),
+        ("seq_len: 1e3", "seq_len must be an integer of at least 1, got '1e3'"),
+        ("tune_steps: abc", "tune_steps must be an integer of at least 0, got 'abc'"),
+        ("align_steps: 2.5", "align_steps must be an integer"),
+        ("batch_size: true", "batch_size must be an integer"),
+        ("lora_rank: -1", "lora_rank must be an integer of at least 0"),
+        ("align_lr: -1", "align_lr must be a positive number"),
+        ("tune_lr: 1e-3", "tune_lr must be .* got '1e-3'. Write it as 0.001"),
+        ("new_lr_scale: .nan", "new_lr_scale must be a number of at least 0"),
+        ("{kl_weight: 0, ce_weight: 0}", "must not both be 0"),
+        ("files: mytext.txt", r"files must be a list .* Write files: \[NAME"),
+        ("texts: [3]", "texts must be a list"),
+        ("layers: []", "layers must name a block"),
     ],
 )
 def test_refuses_a_bad_recipe(text: str, message: str, tmp_path: Path) -> None:
@@ -228,7 +240,10 @@ def test_a_mistake_is_told_before_any_work(
         ("target: {type: lolcat}", "Did you mean 'lolcats'?"),
         ("target: {type: lolcats, window_sizes: 8}", "Did you mean 'window_size'?"),
         ("target: {type: lolcats, window_size: 0}", "window_size must be"),
-        ("target: {type: lolcats, num_kv_heads: 3}", "num_kv_heads"),
+        ("target: {type: lolcats, num_kv_heads: 3}", "num_kv_heads=3, the attention of layer 0 has 1"),
+        ("target: {type: lolcats, num_heads: 4}", "Leave num_heads out"),
+        ("target: {type: lolcats, head_dim: 4}", "Leave head_dim out"),
+        ("target: {type: lolcats, d_model: 32}", "d_model=32, the attention of layer 0 has 16"),
         ("target: lolcats", "must be a mapping"),
         ("layers: [2]", "numbers from 0 to 1, got [2]"),
         ("layers: [0, 0]", "distinct numbers"),
@@ -254,6 +269,20 @@ def test_a_recipe_that_does_not_fit_is_refused_before_the_teacher_is_loaded(
     assert main(["convert", *places, "--recipe", str(tmp_path / "recipe.yaml")]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
+
+
+def test_without_books_there_is_no_line_of_windows(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*args, **options):
+        raise ValueError("stopped")
+
+    monkeypatch.setattr("memzoo.train.convert.run_recipe", stopped)
+    places = ["--source", str(source), "--output", str(tmp_path / "x")]
+    assert main(["convert", *places, "--books", "[]"]) == 2
+    shown = capsys.readouterr().err
+    assert "stopped" in shown
+    assert "window/s" not in shown
 
 
 def test_the_window_of_a_target_is_that_of_its_config(source: Path) -> None:
