@@ -797,7 +797,7 @@ def check_overrides(subject: Subject) -> float:
     return worst
 
 
-def check_interface(mixer: TokenMixer) -> None:
+def check_interface(mixer: TokenMixer, device: str = "cpu") -> None:
     """What all other checks take for granted: the methods are there, and give a state and a LayerOutput."""
     if not isinstance(mixer, TokenMixer):
         what = "the class " + mixer.__name__ if isinstance(mixer, type) else type(mixer).__name__
@@ -809,9 +809,9 @@ def check_interface(mixer: TokenMixer) -> None:
     for method in ("init_weights", "init_state", "mix", "flops_per_token"):
         if getattr(kind, method) is getattr(TokenMixer, method):
             raise ContractError(f"interface: {kind.__name__} does not implement {method}")
-    subject = Subject(mixer, dtype=torch.float32)
+    subject = Subject(mixer, dtype=torch.float32, device=device)
     with torch.no_grad():
-        empty = _without_crash("interface", partial(subject.mixer.init_state, 2))
+        empty = _without_crash("interface", partial(subject.mixer.init_state, 2, device=device))
         if not isinstance(empty, State):
             raise ContractError(
                 f"interface: init_state of {kind.__name__} must return a State, got {type(empty).__name__}"
@@ -874,7 +874,7 @@ def check_mixer(
     """
     if isinstance(mixer, (Mapping, MixerConfig)):
         mixer = build_mixer(mixer)
-    check_interface(mixer)
+    check_interface(mixer, device)
     report = ContractReport()
     for name, check in contract_checks(
         mixer, splits=splits, seed=seed, compile=compile, device=device

@@ -225,6 +225,28 @@ def test_a_finished_run_says_where_its_model_is_and_can_go_on(
     assert any(not torch.equal(first[name], longer[name]) for name in first)
 
 
+def test_a_run_interrupted_in_its_second_epoch_goes_on_from_last_ckpt(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from memzoo.train.modules import LanguageModelModule
+
+    step = LanguageModelModule.training_step
+
+    def stopping(self, batch, index):
+        if self.trainer.global_step == 10:
+            raise KeyboardInterrupt
+        return step(self, batch, index)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LanguageModelModule, "training_step", stopping)
+        run("train", "fit", "--config", "recall.yaml", status=130)
+    last = workplace / "runs" / "recall" / "version_0" / "checkpoints" / "last.ckpt"
+    run("train", "fit", "--config", "recall.yaml", "--ckpt_path", str(last), "--output", "resumed")
+    run("train", "fit", "--config", "recall.yaml", "--output", "whole")
+    whole, resumed = load_model("whole").state_dict(), load_model("resumed").state_dict()
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
 def test_a_checkpoint_is_looked_for_before_any_work(
     workplace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
