@@ -25,6 +25,7 @@ from ..layers.registry import list_mixers, mixer_config, mixer_entry
 
 MLP_TYPES = ("swiglu", "gelu", "none")
 NORM_TYPES = ("rms", "layer")
+MAX_LAYERS = 4096  # more is a slip of the pen, found before memory runs out
 
 LayerPlan = Mapping[str, Any] | Sequence[Mapping[str, Any]]
 
@@ -187,6 +188,8 @@ class ModelConfig:
 
 def _expand(layers: Any, num_layers: int | None) -> list[Mapping[str, Any]]:
     """The entry of every block, in order."""
+    if num_layers is not None and num_layers > MAX_LAYERS:
+        raise ValueError(f"num_layers must be at most {MAX_LAYERS}, got {num_layers}.")
     if isinstance(layers, Mapping):
         if "pattern" in layers:
             entries = list(_expand_group(layers, num_layers))
@@ -237,6 +240,11 @@ def _expand_group(group: Mapping[str, Any], num_layers: int | None) -> Iterator[
         repeat = num_layers // len(pattern)
     if isinstance(repeat, bool) or not isinstance(repeat, int) or repeat < 1:
         raise ValueError(f"repeat must be an integer of at least 1, got {repeat!r}.")
+    if repeat * len(pattern) > MAX_LAYERS:
+        raise ValueError(
+            f"a pattern of {len(pattern)} mixers repeated {repeat} times makes more than {MAX_LAYERS} "
+            "blocks. Use a smaller repeat."
+        )
     for _ in range(repeat):
         yield from pattern
 

@@ -246,7 +246,7 @@ def _class(name: str) -> type:
 
         return ModelConfig
     if name == "recipe":
-        from memzoo.train.convert import ConversionRecipe
+        from memzoo.train.recipe import ConversionRecipe
 
         return ConversionRecipe
     if name == "optimizer":

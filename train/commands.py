@@ -203,16 +203,16 @@ def convert(
         WINDOW_SIZE,
         Conversion,
         book_tokens,
-        check_recipe,
+        check_accelerator,
         convert_and_compare,
-        read_recipe,
-        recipe_dict,
         training_results,
     )
     from .data.tokenizers import load_tokenizer
     from .evaluate import window_starts
+    from .recipe import check_recipe, read_recipe, recipe_dict
 
     chosen = read_recipe(recipe, seed=seed, align_steps=align_steps, tune_steps=tune_steps)
+    check_accelerator(accelerator)
     place = _place(source)
     # all that can be wrong is found before the weights are read
     check_recipe(chosen, read_model_config(place))

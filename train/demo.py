@@ -14,7 +14,8 @@ import html
 import logging
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +28,9 @@ from ..models.decoder import MemoryLM
 from ..models.hf import save_model
 from ..records import results_folder, write_record, write_text_atomically
 from .comparison import LENGTHS, Row, comparison_results, comparison_table, readable_bytes, state_bytes
-from .convert import (
-    Conversion,
-    book_tokens,
-    convert_and_compare,
-    read_recipe,
-    recipe_dict,
-    training_results,
-)
+from .convert import Conversion, book_tokens, convert_and_compare, training_results
 from .data.tokenizers import load_tokenizer
+from .recipe import read_recipe, recipe_dict
 
 logger = logging.getLogger(__name__)
 
@@ -55,51 +50,62 @@ def run_demo(output: str = "demo_output", recipe: str = "demo", num_windows: int
     """
     clock = time.monotonic()
     folder = results_folder(output)
+    seconds: dict[str, float] = {}
     checkpoint = str(fetch_smollm2())
     teacher = load_model(checkpoint).eval()
     tokenizer = load_tokenizer(checkpoint)
     tokens = {book: book_tokens(tokenizer, book) for book in BOOKS}
 
-    _say("1/4 parity: the same file through this library and through transformers")
-    parity = parity_with_transformers(teacher, checkpoint, tokens["moby_dick"][:256])
-    _say(
-        f"    largest difference of the logits {parity['max_error']:.2g}, same top token at "
-        f"{parity['same_top']:.2%}"
-    )
+    with _phase("1/4 parity: the same file through this library and through transformers", seconds):
+        parity = parity_with_transformers(teacher, checkpoint, tokens["moby_dick"][:256])
+        _say(
+            f"    largest difference of the logits {parity['max_error']:.2g}, same top token at "
+            f"{parity['same_top']:.2%}"
+        )
 
     chosen = read_recipe(recipe)
-    _say("2/4 conversion of all layers, short tune, and the control with the same budget")
-    rows, hybrid, control = convert_and_compare(
-        teacher, checkpoint, chosen, tokens=tokens, num_windows=num_windows
-    )
-    assert control is not None
-    save_model(hybrid.model.to(torch.bfloat16), folder / "hybrid", tokenizer=tokenizer)
+    with _phase("2/4 conversion of all layers, short tune, and the control with the same budget", seconds):
+        rows, hybrid, control = convert_and_compare(
+            teacher, checkpoint, chosen, tokens=tokens, num_windows=num_windows
+        )
+        assert control is not None
+        save_model(hybrid.model.to(torch.bfloat16), folder / "hybrid", tokenizer=tokenizer)
 
-    _say("3/4 speed of decoding")
-    speed = {
-        "teacher, full attention": decode_speed(teacher, tokens["moby_dick"]),
-        "hybrid": decode_speed(hybrid.model, tokens["moby_dick"]),
-    }
-    _say("4/4 a continuation by the saved folder, loaded with AutoModelForCausalLM")
-    prompt = tokenizer.decode(tokens["moby_dick"][20_000:20_300])
-    continuation = generate_from_folder(folder / "hybrid", prompt)
+    with _phase("3/4 speed of decoding", seconds):
+        speed = {
+            "teacher, full attention": decode_speed(teacher, tokens["moby_dick"]),
+            "hybrid": decode_speed(hybrid.model, tokens["moby_dick"]),
+        }
+    with _phase("4/4 a continuation by the saved folder, loaded with AutoModelForCausalLM", seconds):
+        prompt = tokenizer.decode(tokens["moby_dick"][20_000:20_300])
+        continuation = generate_from_folder(folder / "hybrid", prompt)
 
-    results = comparison_results(rows) | training_results(hybrid, control)
-    results |= {
-        "parity": parity,
-        "surgery": hybrid.report.to_dict(),
-        "decode_tokens_per_second": speed,
-        "continuation": {"prompt_end": prompt[-200:], "text": continuation},
-        "total_seconds": time.monotonic() - clock,
-    }
-    write_record(folder / "record.json", name="demo", config=recipe_dict(chosen), results=results)
     _plot_positions(rows, folder / "perplexity_by_position.png")
     _plot_states(rows, folder / "state_bytes.png")
     table = comparison_table(rows)
     write_text_atomically(
         folder / "index.html", _page(table, parity, speed, prompt, continuation, hybrid, control)
     )
+    results = comparison_results(rows) | training_results(hybrid, control)
+    results |= {
+        "parity": parity,
+        "surgery": hybrid.report.to_dict(),
+        "decode_tokens_per_second": speed,
+        "continuation": {"prompt_end": prompt[-200:], "text": continuation},
+        "phase_seconds": seconds,
+        "total_seconds": time.monotonic() - clock,
+    }
+    write_record(folder / "record.json", name="demo", config=recipe_dict(chosen), results=results)
     return f"{table}\n\nwritten to {folder}/: index.html, record.json, hybrid/"
+
+
+@contextmanager
+def _phase(name: str, seconds: dict[str, float]) -> Iterator[None]:
+    """Announces a part of the demonstration and keeps its duration."""
+    _say(name)
+    clock = time.monotonic()
+    yield
+    seconds[name] = time.monotonic() - clock
 
 
 def parity_with_transformers(model: MemoryLM, checkpoint: str, ids: Tensor) -> dict[str, float]:
@@ -129,7 +135,8 @@ def decode_speed(
     for context in contexts:
         state: Any = None
         for start in range(0, context, 1024):
-            state = low(tokens[None, start : min(start + 1024, context)], state, return_state=True).state
+            part = tokens[None, start : min(start + 1024, context)]
+            state = low(part, state, return_state=True, last_only=True).state
         seconds = []
         for index in range(num_tokens):
             clock = time.perf_counter()

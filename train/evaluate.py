@@ -20,6 +20,8 @@ from .statistics import PairedDifference, paired_difference
 
 # Tokens read at once: bounds the memory of attention and logits, changes no number.
 DEFAULT_CHUNK = 1024
+# Tokens whose losses are taken at once: their logits in float32 stay in the processor's cache.
+LOSS_CHUNK = 32
 
 
 @dataclass(frozen=True)
@@ -177,9 +179,9 @@ def _window_losses(model: MemoryLM, window: Tensor, chunk_size: int) -> Tensor:
         high = min(low + chunk_size, length)
         out = model(window[None, low:high], state, return_state=high < length)
         state = out.state
-        parts.append(
-            F.cross_entropy(out.logits[0].float(), window[low + 1 : high + 1], reduction="none").cpu()
-        )
+        targets = window[low + 1 : high + 1]
+        for logits, wanted in zip(out.logits[0].split(LOSS_CHUNK), targets.split(LOSS_CHUNK), strict=True):
+            parts.append(F.cross_entropy(logits.float(), wanted, reduction="none").cpu())
     return torch.cat(parts)
 
 

@@ -10,6 +10,7 @@ from ..layout import sequence_lengths
 from .chunked import linear_attention_torch
 from .external import can_run_fla, linear_attention_fla
 from .reference import linear_attention_reference
+from .single import linear_attention_single
 from .types import LinearState
 
 __all__ = ["LinearState", "linear_attention"]
@@ -116,6 +117,11 @@ def linear_attention(
                 return_state=return_state,
                 cu_seqlens=cu_seqlens,
             )
+        if cu_seqlens is None and q.shape[1] == 1:
+            output, state = linear_attention_single(
+                q, k, v, g, normalize=normalize, scale=scale, eps=eps, initial_state=initial_state
+            )
+            return output, state if return_state else None
         return linear_attention_torch(
             q,
             k,

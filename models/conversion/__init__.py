@@ -7,6 +7,7 @@ from .surgery import (
     convert_mixers,
     converted_config,
     layer_errors,
+    memory_off,
     relative_error,
 )
 
@@ -17,5 +18,6 @@ __all__ = [
     "convert_mixers",
     "converted_config",
     "layer_errors",
+    "memory_off",
     "relative_error",
 ]

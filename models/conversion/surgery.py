@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -236,3 +237,25 @@ def _copy_weights(source: MemoryLM, student: MemoryLM, layers: Sequence[int]) ->
         new_parameters=fresh,
         dropped=sorted(set(old) - set(taken)),
     )
+
+
+@contextmanager
+def memory_off(model: MemoryLM) -> Iterator[None]:
+    """Leaves the memory branch out of every mixer that has one; windows and sinks go on.
+
+    Raises:
+        ValueError: no mixer of the model has a memory that can be switched off.
+    """
+    switched = [block.mixer for block in model.blocks if getattr(block.mixer, "memory_enabled", False)]
+    if not switched:
+        raise ValueError(
+            "no mixer of this model has a memory branch that can be switched off. "
+            "Use mixers that have one, such as lolcats."
+        )
+    for mixer in switched:
+        mixer.memory_enabled = False  # type: ignore[assignment]  # a switch of the mixers that have it
+    try:
+        yield
+    finally:
+        for mixer in switched:
+            mixer.memory_enabled = True  # type: ignore[assignment]

@@ -20,20 +20,13 @@ import memzoo.models.hf
 from memzoo.cli import main
 from memzoo.models.checkpoints import folder as folder_reader
 from memzoo.models.config import ModelConfig
-from memzoo.models.conversion import convert_mixers
+from memzoo.models.conversion import convert_mixers, memory_off
 from memzoo.models.decoder import MemoryLM
 from memzoo.models.hf import save_model
-from memzoo.train.convert import (
-    ConversionRecipe,
-    check_recipe,
-    memory_off,
-    read_recipe,
-    run_control,
-    run_recipe,
-    window_only,
-)
+from memzoo.train.convert import run_control, run_recipe
 from memzoo.train.data.tokenizers import load_tokenizer
 from memzoo.train.distillation import AlignmentModule, DistillModule
+from memzoo.train.recipe import ConversionRecipe, check_recipe, read_recipe, window_only
 
 RECIPE = """
 target: {type: lolcats, window_size: 16, num_sinks: 2, feature_dim: 4}
@@ -226,6 +219,7 @@ def test_a_mistake_is_told_before_any_work(
         ([*given, *fresh, "--books", "moby_duck"], "moby_dick"),
         ([*given, *fresh, "--num_windows", "0"], "num_windows >= 1"),
         ([*given, *fresh, "--num_windows", "100000"], "room for"),
+        ([*given, *fresh, "--accelerator", "gppu"], "accelerator 'gppu' cannot be used"),
     ):
         assert main(["convert", *arguments]) == 2
         assert message in capsys.readouterr().err

@@ -63,8 +63,9 @@ class TextDataModule(LightningDataModule):
     no memory crosses it and no loss is taken for the first token of a text.
 
     Args:
-        texts: names of bundled texts (``memzoo list`` shows them).
-        files: further ``.txt`` files (one document each) or ``.jsonl`` files (one document per line).
+        texts: names of bundled texts (``memzoo list`` shows them), or one name.
+        files: further ``.txt`` files (one document each) or ``.jsonl`` files (one document per line), or the
+            name of one.
         text_field: field of a ``.jsonl`` line that holds the text.
         val_texts: names of bundled texts for validation.
         val_files: files for validation, as in ``files``.
@@ -86,11 +87,11 @@ class TextDataModule(LightningDataModule):
 
     def __init__(
         self,
-        texts: Sequence[str] = (),
-        files: Sequence[str] = (),
+        texts: Sequence[str] | str = (),
+        files: Sequence[str] | str = (),
         text_field: str = "text",
-        val_texts: Sequence[str] = (),
-        val_files: Sequence[str] = (),
+        val_texts: Sequence[str] | str = (),
+        val_files: Sequence[str] | str = (),
         val_fraction: float = 0.05,
         tokenizer: str = BYTES,
         seq_len: int = 512,
@@ -110,10 +111,10 @@ class TextDataModule(LightningDataModule):
             raise ValueError("no text to train on. Name a bundled text in texts, or give files.")
         if not 0 < val_fraction < 1:
             raise ValueError(f"val_fraction must lie between 0 and 1, got {val_fraction}.")
-        for file in (*files, *val_files):
+        self.texts, self.files, self.text_field = _names(texts), _names(files), text_field
+        self.val_texts, self.val_files, self.val_fraction = _names(val_texts), _names(val_files), val_fraction
+        for file in (*self.files, *self.val_files):
             check_text_file(file)
-        self.texts, self.files, self.text_field = tuple(texts), tuple(files), text_field
-        self.val_texts, self.val_files, self.val_fraction = tuple(val_texts), tuple(val_files), val_fraction
         self.tokenizer_source = tokenizer
         self.tokenizer: PreTrainedTokenizerFast = load_tokenizer(tokenizer)
         self.seq_len, self.batch_size, self.max_val_windows = seq_len, batch_size, max_val_windows
@@ -256,6 +257,11 @@ def held_out_start(stream: TokenStream, fraction: float) -> int:
     earlier = stream.starts[stream.starts <= position]
     document = int(earlier[-1]) if len(earlier) else 0
     return document if document > len(stream) // 2 else position
+
+
+def _names(value: str | Sequence[str]) -> tuple[str, ...]:
+    """One name or several, as several."""
+    return (value,) if isinstance(value, str) else tuple(value)
 
 
 def check_text_file(file: str) -> None:

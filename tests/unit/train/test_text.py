@@ -105,7 +105,7 @@ def test_data_module_reads_files_and_splits_them(tmp_path: Path) -> None:
 def test_an_end_of_text_token_closes_every_document(tmp_path: Path) -> None:
     path = tmp_path / "b.jsonl"
     path.write_text("\n".join(json.dumps({"text": "ab" * 20}) for _ in range(10)))
-    module = TextDataModule(files=[str(path)], seq_len=41, batch_size=1, shuffle=False, val_fraction=0.3)
+    module = TextDataModule(files=str(path), seq_len=41, batch_size=1, shuffle=False, val_fraction=0.3)
     module.setup()
     batch = next(iter(module.train_dataloader()))
     assert batch.input_ids[0, -1] == 256
