@@ -39,13 +39,13 @@ def linear_attention_single(
         normalizer = wide_k if normalizer is None else normalizer + wide_k  # (N, Hk, K)
     key = wide_k.repeat_interleave(repeats, 1) if repeats > 1 else wide_k  # (N, HV, K)
     if memory is None:
-        memory = key[..., None] * wide_v[..., None, :]  # (N, HV, K, V)
+        memory = key[..., None] @ wide_v[..., None, :]  # (N, HV, K, V)
     else:
         if decay is not None:
             if decay.shape[1] != num_value_heads:
                 decay = decay.repeat_interleave(repeats, 1)
             memory = memory * decay[..., None]
-        memory = torch.addcmul(memory, key[..., None], wide_v[..., None, :])
+        memory = memory + key[..., None] @ wide_v[..., None, :]
     query = (wide_q * scale).unflatten(1, (num_key_heads, -1))  # (N, Hk, R, K)
     read = query.repeat_interleave(repeats, 1) if repeats > 1 else query  # (N, HV, R, K)
     output = (read @ memory).flatten(1, 2)  # (N, max(H, HV), V)
