@@ -217,8 +217,7 @@ class LinearAttention(TokenMixer):
         memory = 2 * heads * features * width
         if self.config.normalize:
             memory += 2 * self.num_heads * features
-        own_token = 2 * self.num_heads * (features + width)  # read beside the memory, not through it
-        return projections + maps + memory + own_token
+        return projections + maps + memory
 
     @classmethod
     def small_configs(cls) -> tuple[Mapping[str, Any], Mapping[str, Any]]:

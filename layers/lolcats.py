@@ -215,7 +215,9 @@ class Lolcats(AttentionBase):
             return self.projection_flops() + near
         slots = -(-places // chunk) * chunk
         maps = self.q_map.num_flops(heads) + places * self.k_map.num_flops(heads)
-        far = 4 * heads * slots * features * (width + 1) + 2 * heads * slots * chunk * (features + width + 1)
+        far = 4 * heads * slots * features * (width + 1)
+        if places > 1:  # chunks, whose tokens also see one another
+            far += 2 * heads * slots * chunk * (features + width + 1)
         return self.projection_flops() + near + maps + far
 
     @classmethod
