@@ -32,6 +32,7 @@ from .data.texts import load_text
 from .distillation import (
     AlignmentModule,
     DistillModule,
+    TeacherReadings,
     freeze_except,
     lora_size,
     low_rank_updates,
@@ -57,7 +58,7 @@ class Conversion:
         report: what the surgery did and its parity checks.
         num_trained: numbers that were trained in any stage.
         num_tokens: tokens of training text read.
-        seconds: duration of each stage.
+        seconds: duration of each stage; the control shares what the teacher made of the text.
     """
 
     model: MemoryLM
@@ -74,6 +75,7 @@ def run_recipe(
     *,
     progress: bool = True,
     accelerator: str = "auto",
+    readings: TeacherReadings | None = None,
 ) -> Conversion:
     """Surgery and both stages.
 
@@ -81,12 +83,14 @@ def run_recipe(
         teacher: the pretrained model (float32 or bfloat16); it is not changed.
         tokenizer: folder or .gguf file of its tokenizer.
         progress: show a progress bar.
+        accelerator: where to train, as Lightning names it.
+        readings: of this teacher in the run of the control, to be shared with it.
 
     Raises:
         ValueError: a target or layers that do not fit the teacher, or text too short for one window.
     """
     seed_everything(recipe.seed, verbose=False)
-    stages = _Stages(tokenizer, recipe, progress, accelerator)
+    stages = _Stages(tokenizer, recipe, progress, accelerator, readings)
     student, report = convert_mixers(teacher, recipe.target, recipe.layers)
     check_parity(teacher, student, report, stages.first_window())
     report.raise_on_failure()
@@ -130,12 +134,14 @@ def run_control(
     *,
     progress: bool = True,
     accelerator: str = "auto",
+    readings: TeacherReadings | None = None,
 ) -> Conversion:
     """The same budget without a memory: window and sinks of the recipe's target, low-rank tune over all of
     its steps.
 
     Args:
         num_trained: trainable numbers to match (rounded to the nearest rank).
+        progress, accelerator, readings: as in `run_recipe`.
     """
     seed_everything(recipe.seed, verbose=False)
     student, report = convert_mixers(teacher, window_only(recipe.target), recipe.layers)
@@ -145,7 +151,7 @@ def run_control(
     rank = max(1, round(num_trained / per_rank))
     steps = recipe.align_steps + recipe.tune_steps
     clock = time.monotonic()
-    stages = _Stages(tokenizer, recipe, progress, accelerator)
+    stages = _Stages(tokenizer, recipe, progress, accelerator, readings)
     stages.tune(student, frozen_teacher, rank=rank, steps=steps, name="tune of the control")
     return Conversion(
         model=student.to(teacher.embed_tokens.weight.dtype).requires_grad_(True),
@@ -159,8 +165,16 @@ def run_control(
 class _Stages:
     """Training stages over one text; each goes on where the one before it stopped."""
 
-    def __init__(self, tokenizer: str, recipe: ConversionRecipe, progress: bool, accelerator: str) -> None:
+    def __init__(
+        self,
+        tokenizer: str,
+        recipe: ConversionRecipe,
+        progress: bool,
+        accelerator: str,
+        readings: TeacherReadings | None,
+    ) -> None:
         self.recipe, self.progress, self.accelerator = recipe, progress, accelerator
+        self.readings = readings
         self.data = TextDataModule(
             texts=tuple(recipe.texts),
             files=tuple(recipe.files),
@@ -198,7 +212,9 @@ class _Stages:
             ) as (wrapped, _),
         ):
             optimizer = _optimizer(recipe.tune_lr, steps)
-            module = DistillModule(wrapped, teacher, optimizer, recipe.kl_weight, recipe.ce_weight)
+            module = DistillModule(
+                wrapped, teacher, optimizer, recipe.kl_weight, recipe.ce_weight, self.readings
+            )
             self.fit(module, steps, name)
 
     def fit(self, module: LightningModule, steps: int, name: str) -> None:
@@ -317,16 +333,17 @@ def convert_and_compare(
         )
     seed_everything(recipe.seed, verbose=False)
     measure("hybrid before training", convert_mixers(teacher, recipe.target, recipe.layers)[0])
-    hybrid = run_recipe(teacher, tokenizer, recipe, progress=progress, accelerator=accelerator)
+    training: dict[str, Any] = {"progress": progress, "accelerator": accelerator}
+    if with_control:
+        training["readings"] = TeacherReadings()
+    hybrid = run_recipe(teacher, tokenizer, recipe, **training)
     on_trained("hybrid", hybrid)
     measure("hybrid", hybrid.model, hybrid.num_trained)
     with memory_off(hybrid.model):
         measure("hybrid, memory branch off", hybrid.model, hybrid.num_trained)
     control = None
     if with_control:
-        control = run_control(
-            teacher, tokenizer, recipe, hybrid.num_trained, progress=progress, accelerator=accelerator
-        )
+        control = run_control(teacher, tokenizer, recipe, hybrid.num_trained, **training)
         on_trained("control", control)
         measure("control: window + sinks, same budget", control.model, control.num_trained)
     return rows, hybrid, control

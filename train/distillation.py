@@ -27,6 +27,40 @@ from .optim import OptimizerConfig, build_optimizer, lr_factor
 # Dimensions: B rows, T tokens, M model width, V vocabulary
 
 KL_CHUNK = 32  # tokens worked on at once: their logits stay in the processor's cache
+KEPT_BYTES = 2**30  # of a teacher's hidden states
+
+
+class TeacherReadings:
+    """What a frozen teacher made of the text it has read: a second run over it costs only the teacher's head.
+
+    Kept are the last hidden states, M numbers per token where the logits are V, until `max_bytes` are held;
+    what comes later is read again.
+
+    Args:
+        max_bytes: 0 keeps nothing.
+    """
+
+    def __init__(self, max_bytes: int = KEPT_BYTES) -> None:
+        self.num_bytes_left = max_bytes
+        self._hidden: dict[tuple[Any, ...], Tensor] = {}
+
+    @torch.no_grad()
+    def logits(self, teacher: MemoryLM, batch: TokenBatch) -> Tensor:
+        """(B, T, V), the same numbers whether the batch was read before or not."""
+        ids, borders = batch.input_ids, batch.cu_seqlens
+        key = (
+            tuple(ids.shape),
+            ids.cpu().numpy().tobytes(),
+            None if borders is None else tuple(borders.tolist()),
+        )
+        if key in self._hidden:
+            return teacher.head(self._hidden[key])
+        out = teacher(batch.input_ids, cu_seqlens=batch.cu_seqlens, return_hidden_states=True)
+        last = out.hidden_states[-1]
+        if last.numel() * last.element_size() <= self.num_bytes_left:
+            self.num_bytes_left -= last.numel() * last.element_size()
+            self._hidden[key] = last
+        return out.logits
 
 
 class StudentModule(LightningModule):
@@ -94,6 +128,7 @@ class DistillModule(StudentModule):
 
     Args:
         kl_weight, ce_weight: weights of the two losses.
+        readings: of this teacher in earlier runs, to be used and added to; None keeps none.
     """
 
     def __init__(
@@ -103,8 +138,10 @@ class DistillModule(StudentModule):
         optimizer: OptimizerConfig,
         kl_weight: float = 1.0,
         ce_weight: float = 0.0,
+        readings: TeacherReadings | None = None,
     ) -> None:
         super().__init__(student, teacher, optimizer)
+        self.readings = TeacherReadings(0) if readings is None else readings
         if kl_weight < 0 or ce_weight < 0 or kl_weight + ce_weight == 0:
             raise ValueError(
                 f"kl_weight and ce_weight must be >= 0 and not both 0, got {kl_weight} and {ce_weight}."
@@ -115,9 +152,7 @@ class DistillModule(StudentModule):
         logits = self.student(batch.input_ids, cu_seqlens=batch.cu_seqlens).logits
         loss = logits.new_zeros((), dtype=torch.float32)
         if self.kl_weight:
-            with torch.no_grad():
-                expected = self.teacher(batch.input_ids, cu_seqlens=batch.cu_seqlens).logits
-            kl = distillation_loss(logits, expected)
+            kl = distillation_loss(logits, self.readings.logits(self.teacher, batch))
             self.log("kl", kl, prog_bar=True, batch_size=batch.num_rows)
             loss = loss + self.kl_weight * kl
         if self.ce_weight:

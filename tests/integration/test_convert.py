@@ -25,7 +25,7 @@ from memzoo.models.decoder import MemoryLM
 from memzoo.models.hf import save_model
 from memzoo.train.convert import run_control, run_recipe
 from memzoo.train.data.tokenizers import load_tokenizer
-from memzoo.train.distillation import AlignmentModule, DistillModule
+from memzoo.train.distillation import AlignmentModule, DistillModule, TeacherReadings
 from memzoo.train.recipe import ConversionRecipe, check_recipe, read_recipe, window_only
 
 RECIPE = """
@@ -311,9 +311,14 @@ def test_hybrid_and_control_read_the_same_tokens_in_the_same_order(
     hybrid = run_recipe(teacher, str(source), recipe, **options)
     of_hybrid = list(read)
     read.clear()
-    run_control(teacher, str(source), recipe, hybrid.num_trained, **options)
+    control = run_control(teacher, str(source), recipe, hybrid.num_trained, **options)
     assert torch.equal(torch.cat(of_hybrid), torch.cat(read))
     assert len({tuple(row.tolist()) for row in torch.cat(read)}) == 5  # nothing is read twice
+    readings = TeacherReadings()
+    run_recipe(teacher, str(source), recipe, **options, readings=readings)
+    again = run_control(teacher, str(source), recipe, hybrid.num_trained, **options, readings=readings)
+    for name, tensor in control.model.state_dict().items():
+        assert torch.equal(again.model.state_dict()[name], tensor), name
 
 
 @pytest.mark.parametrize(("align", "tune", "scale"), [(1, 0, 1.0), (0, 1, 1.0), (0, 1, 0.0)])

@@ -15,6 +15,7 @@ from memzoo.train.data.batches import TokenBatch
 from memzoo.train.distillation import (
     AlignmentModule,
     DistillModule,
+    TeacherReadings,
     distillation_loss,
     freeze_except,
     lora_size,
@@ -128,6 +129,27 @@ def test_low_rank_updates_train_only_what_they_should_and_merge() -> None:
     for name, tensor in student.state_dict().items():
         may_change = name in report.new_parameters or name.split(".")[-2] in targets
         assert may_change or torch.equal(tensor, before[name]), name
+
+
+def test_a_teacher_reads_a_text_once_and_says_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    source = teacher()
+    ids, labels = (x.reshape(1, -1) for x in (batch().input_ids, batch().labels))
+    given = [batch(), TokenBatch(ids, labels), TokenBatch(ids, labels, torch.tensor([0, 5, 40]))]
+    expected = [source(b.input_ids, cu_seqlens=b.cu_seqlens).logits.detach() for b in given]
+    num_bytes = sum(4 * source.config.d_model * b.num_tokens for b in given)
+    readings, scarce = TeacherReadings(num_bytes), TeacherReadings(num_bytes - 1)
+    for kept in (readings, scarce):
+        for b, logits in zip(given, expected, strict=True):
+            assert torch.equal(kept.logits(source, b), logits)
+    calls = []
+    forward = source.forward
+    monkeypatch.setattr(source, "forward", lambda *a, **k: calls.append(a) or forward(*a, **k))
+    for b, logits in zip(given, expected, strict=True):
+        assert torch.equal(readings.logits(source, b), logits)
+    assert not calls
+    for b, logits in zip(given, expected, strict=True):
+        assert torch.equal(scarce.logits(source, b), logits)
+    assert len(calls) == 1
 
 
 def test_refuses_unknown_parameters_and_losses() -> None:
