@@ -19,7 +19,7 @@ TEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(RUN) -
 
 help:
 	@echo "make setup       create $(VENV) with the versions of constraints.txt"
-	@echo "make demo        convert SmolLM2-135M into a memory hybrid, tune it, compare it (11 minutes)"
+	@echo "make demo        convert SmolLM2-135M into a memory hybrid, tune it, compare it (10 minutes)"
 	@echo "make test        format, lint, types, import contract, wheel contents, tests, coverage"
 	@echo "make lint        the static half of make test"
 	@echo "make unit        the tests alone, without coverage; narrow them with ARGS='tests/unit -k name'"

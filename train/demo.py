@@ -4,7 +4,7 @@ the way.
     make demo            (or: python -m memzoo.train.demo --output demo_output)
 
 Writes `index.html` with the table and two plots, `record.json` with every number, and `hybrid/`, a folder
-that `AutoModelForCausalLM` loads. Needs about eleven minutes on two cores.
+that `AutoModelForCausalLM` loads. Needs about nine minutes on two cores.
 """
 
 from __future__ import annotations
