@@ -28,15 +28,21 @@ class TokenBatch:
         input_ids: (B, T) int64. With ``cu_seqlens`` one packed row, (1, L).
         labels: same shape; the target of each position (already shifted), -100 where there is no loss.
         cu_seqlens: (N + 1,) int64 on the CPU, the borders of the packed sequences; None for a plain batch.
+        mask: (B, T) bool, True = real token, any pattern; None where all are real. Not beside cu_seqlens.
+        resets: (B,) bool on the CPU, True = this row does not continue the row of the batch before; None
+            where no row does.
     """
 
     input_ids: Tensor
     labels: Tensor
     cu_seqlens: Tensor | None = None
+    mask: Tensor | None = None
+    resets: Tensor | None = None
 
     @property
     def num_tokens(self) -> int:
-        return self.input_ids.numel()
+        """Tokens read, padding left out."""
+        return self.input_ids.numel() if self.mask is None else int(self.mask.sum())
 
     @property
     def num_rows(self) -> int:
@@ -46,15 +52,21 @@ class TokenBatch:
         return (self.labels != IGNORE_INDEX).sum()
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> TokenBatch:
-        """Move ids and labels; the borders stay on the CPU, where the mixers read them."""
+        """Move ids, labels and mask; borders and resets stay on the CPU, where they are read."""
         return replace(
             self,
             input_ids=self.input_ids.to(device, non_blocking=non_blocking),
             labels=self.labels.to(device, non_blocking=non_blocking),
+            mask=None if self.mask is None else self.mask.to(device, non_blocking=non_blocking),
         )
 
     def pin_memory(self) -> TokenBatch:
-        return replace(self, input_ids=self.input_ids.pin_memory(), labels=self.labels.pin_memory())
+        return replace(
+            self,
+            input_ids=self.input_ids.pin_memory(),
+            labels=self.labels.pin_memory(),
+            mask=None if self.mask is None else self.mask.pin_memory(),
+        )
 
 
 class BatchSource(Dataset[TokenBatch], ABC):
