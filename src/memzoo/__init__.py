@@ -61,13 +61,15 @@ def convert(
     recipe: str | os.PathLike[str] = "lolcats",
     **options: Any,
 ) -> str:
-    """Converts a pretrained model into a memory hybrid and measures it; see `memzoo.train.commands.convert`.
+    """Converts a pretrained model into a memory hybrid and measures it.
+
+    What the command does: see `memzoo.train.convert_command.convert`.
 
     Args:
         source: folder of a Llama-style model, a .gguf file, or "smollm2-135m" (fetched once into the cache).
         output: folder for `hybrid/`, `control/` and `report.json`.
         recipe: a shipped recipe or a YAML file.
-        options: further arguments of `memzoo.train.commands.convert`.
+        options: further arguments of `memzoo.train.convert_command.convert`.
 
     Returns:
         the comparison as a table, and where the model is.
@@ -77,7 +79,7 @@ def convert(
             f"recipe must be the name of a shipped recipe or a YAML file, got {type(recipe).__name__}. "
             "Write its fields into a .yaml file and name that."
         )
-    from .train.commands import convert as run
+    from .train.convert_command import convert as run
 
     return run(os.fspath(source), os.fspath(output), os.fspath(recipe), **options)
 

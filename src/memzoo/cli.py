@@ -38,23 +38,25 @@ COMMANDS: dict[str, Command] = {
         dict.fromkeys(("fit", "validate", "test"), "memzoo.train.lightning_cli:run_training"),
         takes_arguments=True,
     ),
-    "convert": Command("turn a pretrained model into a memory hybrid", "memzoo.train.commands:convert"),
+    "convert": Command(
+        "turn a pretrained model into a memory hybrid", "memzoo.train.convert_command:convert"
+    ),
     "evaluate": Command(
         "measure a model: perplexity by position, MQAR recall; compare two records",
         {
-            "perplexity": "memzoo.train.commands:evaluate_perplexity",
-            "mqar": "memzoo.train.commands:evaluate_mqar",
-            "compare": "memzoo.train.commands:compare",
+            "perplexity": "memzoo.train.evaluate_command:evaluate_perplexity",
+            "mqar": "memzoo.train.evaluate_command:evaluate_mqar",
+            "compare": "memzoo.train.evaluate_command:compare",
         },
     ),
-    "generate": Command("continue a prompt", "memzoo.train.commands:generate"),
+    "generate": Command("continue a prompt", "memzoo.train.generate_command:generate"),
     "inspect": Command(
-        "parameters, state bytes and FLOPs per token of every layer", "memzoo.train.commands:inspect"
+        "parameters, state bytes and FLOPs per token of every layer", "memzoo.train.inspect_command:inspect"
     ),
     "list": Command(
-        "mixers, texts, configurations and kernels that are there", "memzoo.train.commands:list_all"
+        "mixers, texts, configurations and kernels that are there", "memzoo.train.inspect_command:list_all"
     ),
-    "bench": Command("time one mixer at several lengths", "memzoo.train.commands:bench"),
+    "bench": Command("time one mixer at several lengths", "memzoo.train.inspect_command:bench"),
 }
 
 
