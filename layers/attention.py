@@ -65,7 +65,7 @@ class Attention(AttentionBase):
                 else self.init_state(ctx.batch_size, device=x.device, dtype=k.dtype)
             )
             new_state = cache.append(k, v, ctx)
-        return LayerOutput(self.o_proj(out.flatten(-2)), new_state)
+        return self.finish(out, ctx, new_state)
 
     def mix_step(self, x: Tensor, ctx: SequenceContext, state: GrowingCache) -> LayerOutput:
         q, k, v = self.project(x, ctx)
@@ -77,7 +77,7 @@ class Attention(AttentionBase):
         out = decode_attention(
             q, new_state.key[:, :longest], new_state.value[:, :longest], valid=valid
         ).output
-        return LayerOutput(self.o_proj(out.flatten(-2)), new_state)
+        return self.finish(out, ctx, new_state)
 
     def state_num_bytes(
         self, num_tokens: int, batch_size: int = 1, dtype: torch.dtype = torch.float32

@@ -95,8 +95,7 @@ class Lolcats(AttentionBase):
     """Window softmax and linear attention under one normaliser.
 
     `overrides` of a call may replace `window_size` and `num_sinks` while no state is given or asked for.
-    Extras: `head_outputs` (B, T, H, D), the output before `o_proj`. Probe: `window_share`, the part of the
-    softmax in den.
+    Probe: `window_share`, the part of the softmax in den.
 
     Attributes:
         memory_enabled: as in the config; may be switched on a built layer.
@@ -167,7 +166,7 @@ class Lolcats(AttentionBase):
                 state = self.init_state(ctx.batch_size, device=x.device, dtype=k.dtype)
             window = state.window.append(k, v, ctx, num_sinks)
             new_state = LolcatsState(num_tokens=ctx.num_tokens_after, window=window, memory=memory)
-        return self._finish(out, ctx, new_state)
+        return self.finish(out, ctx, new_state)
 
     def mix_step(self, x: Tensor, ctx: SequenceContext, state: LolcatsState) -> LayerOutput:
         """One token: the ring holds just the keys it sees, and the slot it takes the key that leaves."""
@@ -194,7 +193,7 @@ class Lolcats(AttentionBase):
             )
             out = self._join(near, far)
         new_state = LolcatsState(num_tokens=ctx.num_tokens_after, window=window, memory=memory)
-        return self._finish(out, ctx, new_state)
+        return self.finish(out, ctx, new_state)
 
     def flops_per_token(self, num_tokens: int) -> int:
         """Projections, softmax over window and sinks, feature maps, writes and one read of the memory.
@@ -381,10 +380,6 @@ class Lolcats(AttentionBase):
         record("window_share", share)
         joined = share[..., None] * near.output + (lam / total)[..., None] * far[..., :-1]
         return joined.to(near.output.dtype)
-
-    def _finish(self, out: Tensor, ctx: SequenceContext, state: LolcatsState | None) -> LayerOutput:
-        extras = {"head_outputs": out} if ctx.return_extras else {}
-        return LayerOutput(self.o_proj(out.flatten(-2)), state, extras=extras)
 
     def _check_memory(self, state: LolcatsState) -> None:
         if self.memory_enabled != (state.memory is not None):

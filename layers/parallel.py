@@ -40,12 +40,17 @@ class ParallelConfig(CompositeConfig):
 
 
 class Parallel(CompositeMixer):
-    """Adds the outputs of mixers that read the same input."""
+    """Adds the outputs of mixers that read the same input.
+
+    Attributes:
+        memory_enabled: False leaves the output of all but the first mixer out; they read on.
+    """
 
     config: ParallelConfig
 
     def __init__(self, config: ParallelConfig, mixers: Sequence[TokenMixer]) -> None:
         super().__init__(config, mixers)
+        self.memory_enabled = True
         self.gate_proj: nn.Linear | None = None
         self.coefficient: nn.Parameter | None = None
         if config.combine == "gated":
@@ -74,7 +79,7 @@ class Parallel(CompositeMixer):
         if self.coefficient is not None:
             added = zip(self.coefficient.to(x.dtype), outputs[1:], strict=True)
             outputs = [outputs[0], *(coefficient * output for coefficient, output in added)]
-        return sum(outputs[1:], outputs[0])
+        return sum(outputs[1:], outputs[0]) if self.memory_enabled else outputs[0]
 
     def flops_per_token(self, num_tokens: int) -> int:
         """The inner mixers and the gate."""

@@ -86,14 +86,14 @@ class SlidingWindowAttention(AttentionBase):
                 else self.init_state(ctx.batch_size, device=x.device, dtype=k.dtype)
             )
             new_state = cache.append(k, v, ctx, num_sinks)
-        return LayerOutput(self.o_proj(out.flatten(-2)), new_state)
+        return self.finish(out, ctx, new_state)
 
     def mix_step(self, x: Tensor, ctx: SequenceContext, state: WindowCache) -> LayerOutput:
         q, k, v = self.project(x, ctx)
         new_state = state.append(k, v, ctx, self.num_sinks)
         # the ring holds exactly the tokens that the newest one may see
         out = decode_attention(q, new_state.key, new_state.value, valid=new_state.valid(x.device)).output
-        return LayerOutput(self.o_proj(out.flatten(-2)), new_state)
+        return self.finish(out, ctx, new_state)
 
     def flops_per_token(self, num_tokens: int) -> int:
         return self.projection_flops() + 4 * self.num_heads * self.head_dim * (

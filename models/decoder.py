@@ -298,6 +298,11 @@ class MemoryLM(nn.Module):
             state.poison()
         return ModelOutput(self.head(hidden).squeeze(1), new_state, None, aux, extras)
 
+    @property
+    def head_weight(self) -> Tensor:
+        """(V, M), the map from normalised hidden states to logits; the embeddings where they are tied."""
+        return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+
     def head(self, hidden: Tensor) -> Tensor:
         """Logits (..., V) of normalised hidden states (..., M)."""
         if self.lm_head is None:

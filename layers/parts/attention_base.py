@@ -10,7 +10,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..contract import MixerConfig, SequenceContext, TokenMixer, check_positive, check_size
+from ..contract import (
+    LayerOutput,
+    MixerConfig,
+    SequenceContext,
+    State,
+    TokenMixer,
+    check_positive,
+    check_size,
+)
 from .norm import RMSNorm
 from .rotary import Rotary
 
@@ -78,7 +86,10 @@ class HeadsConfig(MixerConfig):
 
 
 class AttentionBase(TokenMixer):
-    """Projections of an attention layer; subclasses say what is attended to."""
+    """Projections of an attention layer; subclasses say what is attended to.
+
+    Extras: `head_outputs` (B, T, H, D), the output before `o_proj`.
+    """
 
     config: HeadsConfig
 
@@ -113,6 +124,11 @@ class AttentionBase(TokenMixer):
         if self.rotary is not None:
             q, k = self.rotary.rotate(q, ctx), self.rotary.rotate(k, ctx)
         return q, k, v
+
+    def finish(self, heads: Tensor, ctx: SequenceContext, state: State | None) -> LayerOutput:
+        """The output of the layer from those of its heads (B, T, H, D)."""
+        extras = {"head_outputs": heads} if ctx.return_extras else {}
+        return LayerOutput(self.o_proj(heads.flatten(-2)), state, extras=extras)
 
     def projection_flops(self) -> int:
         """Matrix-product FLOPs of the four projections for one token."""
