@@ -27,7 +27,8 @@ from ..models.decoder import MemoryLM
 from .callbacks import TrainingProgress
 from .comparison import Row
 from .data.batches import TokenBatch
-from .data.text import TextDataModule, encode_documents
+from .data.documents import encode_documents
+from .data.text import TextDataModule
 from .data.texts import load_text
 from .distillation import (
     AlignmentModule,

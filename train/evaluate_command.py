@@ -47,7 +47,7 @@ def evaluate_perplexity(
     check_output(output)
     import torch
 
-    from .data.text import encode_documents, read_documents
+    from .data.documents import encode_documents, read_documents
     from .data.texts import list_texts, load_text
     from .data.tokenizers import load_tokenizer
     from .evaluate import position_losses

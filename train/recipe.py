@@ -19,7 +19,7 @@ from ..layers.registry import mixer_entry
 from ..models.config import ModelConfig
 from ..models.conversion import converted_config, memory_off
 from ..models.decoder import MemoryLM
-from .data.text import check_text_file
+from .data.documents import check_text_file
 from .data.texts import load_text
 from .distillation import lora_size
 

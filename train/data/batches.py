@@ -136,6 +136,9 @@ class ResumableLoader(DataLoader[TokenBatch]):
             num_workers=num_workers,
             pin_memory=pin_memory,
             persistent_workers=num_workers > 0,
+            # The loader draws a seed for its workers at the start of each epoch. From the global generator it
+            # would be one draw more in a resumed run, and every random number of the run would differ.
+            generator=torch.Generator(),
         )
 
     def __iter__(self) -> Iterator[TokenBatch]:  # type: ignore[override]  # the parent names a private class

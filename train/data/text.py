@@ -1,58 +1,20 @@
-"""Text as contiguous windows of tokens, with the borders of the documents kept."""
+"""Text for Lightning: documents of files, bundled texts and data sets, read as windows of tokens."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-import torch
 from lightning.pytorch import LightningDataModule
-from torch import Tensor
 
-from .batches import BatchSource, ResumableLoader, TokenBatch, check_loader_settings
-from .mqar import IGNORE_INDEX
+from .batches import ResumableLoader, check_loader_settings
+from .documents import check_text_file, encode_documents, read_documents
 from .texts import load_text
 from .tokenizers import BYTES, load_tokenizer
+from .windows import TokenStream, WindowBatches, held_out_start
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
-
-
-@dataclass(frozen=True)
-class TokenStream:
-    """Documents one after another.
-
-    Attributes:
-        tokens: (L,) int64.
-        starts: (N,) int64, ascending positions at which a document begins; the first is 0.
-    """
-
-    tokens: Tensor
-    starts: Tensor
-
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-    @classmethod
-    def join(cls, documents: Sequence[np.ndarray]) -> TokenStream:
-        """Put tokenised documents one after another; empty ones are left out."""
-        documents = [document for document in documents if len(document)]
-        lengths = np.array([len(document) for document in documents], dtype=np.int64)
-        tokens = np.concatenate(documents) if documents else np.zeros(0, dtype=np.int64)
-        return cls(torch.from_numpy(tokens.astype(np.int64)), torch.from_numpy(np.cumsum(lengths) - lengths))
-
-    def cut(self, position: int) -> tuple[TokenStream, TokenStream]:
-        """Two streams, before and from ``position``; a document across it is continued as one of its own."""
-        before = self.starts[self.starts < position]
-        after = self.starts[self.starts > position] - position
-        return (
-            TokenStream(self.tokens[:position], before),
-            TokenStream(self.tokens[position:], torch.cat([torch.zeros(1, dtype=torch.int64), after])),
-        )
 
 
 class TextDataModule(LightningDataModule):
@@ -186,152 +148,6 @@ class TextDataModule(LightningDataModule):
         )
 
 
-class WindowBatches(BatchSource):
-    """Batches of windows of a token stream.
-
-    Window number i reads the tokens ``i seq_len .. (i + 1) seq_len - 1`` and predicts each one's successor.
-    The rest that fills no window is not read; the last batch of an epoch may be smaller.
-    """
-
-    def __init__(
-        self,
-        stream: TokenStream,
-        *,
-        seq_len: int,
-        batch_size: int,
-        reset_at_documents: bool = True,
-        shuffle: bool = False,
-        seed: int = 0,
-        max_windows: int | None = None,
-    ) -> None:
-        self.stream = stream
-        self.seq_len = seq_len
-        self.batch_size = batch_size
-        self.reset_at_documents = reset_at_documents
-        self.shuffle = shuffle
-        self.seed = seed
-        self.num_windows = max(len(stream) - 1, 0) // seq_len
-        if max_windows is not None:
-            self.num_windows = min(self.num_windows, max_windows)
-        self._order: tuple[int, np.ndarray] | None = None
-
-    @property
-    def num_batches(self) -> int:
-        return -(-self.num_windows // self.batch_size)
-
-    def batch(self, epoch: int, index: int) -> TokenBatch:
-        numbers = self._epoch_order(epoch)[index * self.batch_size : (index + 1) * self.batch_size]
-        starts = torch.from_numpy(numbers) * self.seq_len  # (B,)
-        positions = starts[:, None] + torch.arange(self.seq_len + 1)  # (B, T + 1)
-        tokens = self.stream.tokens[positions]
-        input_ids, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].clone()
-        if not self.reset_at_documents:
-            return TokenBatch(input_ids, labels)
-        is_start = torch.isin(positions, self.stream.starts)  # (B, T + 1)
-        labels[is_start[:, 1:]] = IGNORE_INDEX
-        inside = is_start[:, :-1].clone()
-        inside[:, 0] = False
-        if not inside.any():
-            return TokenBatch(input_ids, labels)
-        inside[:, 0] = True
-        borders = inside.flatten().nonzero().squeeze(1)
-        cu_seqlens = torch.cat([borders, torch.tensor([inside.numel()])])
-        return TokenBatch(input_ids.reshape(1, -1), labels.reshape(1, -1), cu_seqlens)
-
-    def _epoch_order(self, epoch: int) -> np.ndarray:
-        if not self.shuffle:
-            return np.arange(self.num_windows)
-        if self._order is None or self._order[0] != epoch:
-            order = np.random.default_rng([self.seed, epoch]).permutation(self.num_windows)
-            self._order = (epoch, order)
-        return self._order[1]
-
-
-def held_out_start(stream: TokenStream, fraction: float) -> int:
-    """Position from which a stream is held out: a document start that leaves ``fraction`` behind it.
-
-    With a single document, or when whole documents would take more than half of the text, the cut falls
-    inside a document.
-    """
-    position = len(stream) - max(int(len(stream) * fraction), 1)
-    earlier = stream.starts[stream.starts <= position]
-    document = int(earlier[-1]) if len(earlier) else 0
-    return document if document > len(stream) // 2 else position
-
-
 def _names(value: str | Sequence[str]) -> tuple[str, ...]:
     """One name or several, as several."""
     return (value,) if isinstance(value, str) else tuple(value)
-
-
-def check_text_file(file: str) -> None:
-    """Refuse a path that is no readable kind of text.
-
-    Raises:
-        ValueError: the file is missing or neither ``.txt`` nor ``.jsonl``.
-    """
-    path = Path(file)
-    if path.suffix not in (".txt", ".jsonl"):
-        raise ValueError(f"{file!r} is neither a .txt nor a .jsonl file. Convert it to one of these.")
-    if not path.is_file():
-        raise ValueError(f"there is no file {file!r} (looked in {Path.cwd()}). Check the path.")
-
-
-def read_documents(file: str, text_field: str = "text") -> list[str]:
-    """Documents of a local file: the whole of a ``.txt``, every line of a ``.jsonl``.
-
-    Raises:
-        ValueError: not UTF-8, not JSON, or a line without the field; the message names the line.
-    """
-    check_text_file(file)
-    try:
-        content = Path(file).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{file!r} is not UTF-8 text (byte {error.start}). Convert its encoding first."
-        ) from None
-    if Path(file).suffix == ".txt":
-        return [content]
-    documents = []
-    for number, line in enumerate(content.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{file!r} line {number} is not JSON: {error.msg}.") from None
-        if not isinstance(record, dict) or not isinstance(record.get(text_field), str):
-            fields = ", ".join(sorted(record)) if isinstance(record, dict) else "no fields"
-            raise ValueError(
-                f"{file!r} line {number} has no text in the field {text_field!r} (it has: {fields})."
-            )
-        documents.append(record[text_field])
-    return documents
-
-
-def encode_documents(
-    tokenizer: PreTrainedTokenizerFast,
-    documents: Sequence[str],
-    *,
-    append_eos: bool = False,
-    as_bytes: bool = False,
-) -> list[np.ndarray]:
-    """Token ids of each document, (L,) int64.
-
-    Args:
-        append_eos: end every document with the tokenizer's end-of-text token.
-        as_bytes: the tokenizer is the built-in byte vocabulary, so that the bytes themselves are the ids.
-    """
-    if append_eos and tokenizer.eos_token_id is None:
-        raise ValueError(
-            "append_eos needs a tokenizer with an end-of-text token; this one has none. Set append_eos=False."
-        )
-    end = [tokenizer.eos_token_id] if append_eos else []
-    if as_bytes:
-        encoded = [
-            np.frombuffer(document.encode("utf-8"), dtype=np.uint8).astype(np.int64) for document in documents
-        ]
-    else:
-        batch = tokenizer.backend_tokenizer.encode_batch(list(documents), add_special_tokens=False)
-        encoded = [np.asarray(encoding.ids, dtype=np.int64) for encoding in batch]
-    return [np.concatenate([ids, np.asarray(end, dtype=np.int64)]) for ids in encoded]

@@ -14,8 +14,11 @@ import torch
 from memzoo.models.config import ModelConfig
 from memzoo.models.decoder import MemoryLM
 from memzoo.models.hf import save_model
-from memzoo.train.data.text import TextDataModule, TokenStream, WindowBatches, held_out_start, read_documents
+from memzoo.train.data.batches import ResumableLoader
+from memzoo.train.data.documents import read_documents
+from memzoo.train.data.text import TextDataModule
 from memzoo.train.data.tokenizers import byte_tokenizer, load_tokenizer
+from memzoo.train.data.windows import TokenStream, WindowBatches, held_out_start
 
 
 def stream_of(*lengths: int) -> TokenStream:
@@ -121,7 +124,7 @@ def test_an_end_of_text_token_closes_every_document(tmp_path: Path) -> None:
         ("a.txt", b"\xff\xfe", "not UTF-8"),
         ("a.jsonl", b'{"text": "x"}\n{', "line 2 is not JSON"),
         ("a.jsonl", b'{"body": "x"}', "no text in the field 'text'"),
-        ("a.jsonl", b'["x"]', "no text in the field 'text'"),
+        ("a.jsonl", b'["x"]', "no JSON object with fields, got list"),
     ],
 )
 def test_bad_files_are_refused_by_name(tmp_path: Path, name: str, content: bytes, message: str) -> None:
@@ -172,3 +175,11 @@ def test_bundled_texts_give_windows() -> None:
     module = TextDataModule(texts=["state_of_the_union_heldout"], seq_len=64, batch_size=2)
     module.setup()
     assert next(iter(module.train_dataloader())).num_tokens == 128
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_reading_an_epoch_takes_nothing_from_the_global_generator(num_workers: int) -> None:
+    loader = ResumableLoader(WindowBatches(stream_of(50), seq_len=7, batch_size=3), num_workers=num_workers)
+    before = torch.random.get_rng_state()
+    assert len(list(loader)) == len(list(loader)) == 3
+    assert torch.equal(torch.random.get_rng_state(), before)
