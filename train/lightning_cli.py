@@ -28,6 +28,7 @@ from .. import configs
 from ..layers.contract import suggest
 from ..records import refuse_content
 from .callbacks import SaveModelFolder, TrainingProgress
+from .checkpointing import FolderCheckpointIO, newest_checkpoint
 
 MODEL_TYPES = {"language_model": "memzoo.train.modules:LanguageModelModule"}
 DATA_TYPES = {
@@ -41,6 +42,7 @@ _SUBCOMMANDS = ("fit", "validate", "test")
 _IMPORTING_SECTIONS = ("trainer.callbacks", "trainer.logger", "trainer.strategy")
 _IMPORT_KEYS = ("class_path", "init_args", "dict_kwargs")
 _CHECKPOINT_WORDS = ("best", "hpc", "last", "registry")
+_SHARDED = (".metadata", "meta.pt", "checkpoint")  # in the folders that sharding strategies write themselves
 _PLAIN_TYPES = (bool, dict, float, int, list, str, timedelta, type(None), Path)
 
 
@@ -118,7 +120,7 @@ class TrainCLI(LightningCLI):
         self.config = parser.parse_args(args)
         chosen: str = self.config["subcommand"]
         section = self.config[chosen]
-        check_checkpoint(chosen, section.get("ckpt_path"))
+        section["ckpt_path"] = find_checkpoint(chosen, section.get("ckpt_path"))
         if chosen == "fit" and section["output"] is not None and not section["overwrite"]:
             refuse_content(section["output"])
         section["overwrite"] = False  # one run's permission; the saved configuration does not pass it on
@@ -175,7 +177,9 @@ class TrainCLI(LightningCLI):
             keeps = trainer_config.get("enable_checkpointing") is not False
             if keeps and not any(isinstance(callback, Checkpoint) for callback in callbacks):
                 callbacks.append(ModelCheckpoint(save_last=True))
-        return super().instantiate_trainer(callbacks=callbacks, **kwargs)
+        plugins = trainer_config.get("plugins") or []
+        plugins = [*(plugins if isinstance(plugins, list) else [plugins]), FolderCheckpointIO()]
+        return super().instantiate_trainer(callbacks=callbacks, plugins=plugins, **kwargs)
 
     @property
     def result(self) -> str | None:
@@ -226,32 +230,36 @@ def check_configuration(args: Sequence[str]) -> None:
         )
 
 
-def check_checkpoint(subcommand: str, checkpoint: str | None) -> None:
-    """Refuse a checkpoint that is not there, and a measurement without one.
+def find_checkpoint(subcommand: str, checkpoint: str | None) -> str | None:
+    """The checkpoint that ``--ckpt_path`` means: of a folder the newest complete one in or below it.
 
     Args:
         subcommand: fit, validate or test.
         checkpoint: the value of ``--ckpt_path``; Lightning's own words such as ``last`` are left to it.
 
     Raises:
-        ValueError: the message lists the checkpoints that lie nearby.
+        ValueError: a checkpoint that is not there or not complete, or a measurement without one; the message
+            lists the checkpoints that lie nearby.
     """
     if checkpoint is None:
         if subcommand == "fit":
-            return
+            return None
         raise ValueError(
             f"memzoo train {subcommand} needs a checkpoint, or it would measure random weights. Name one "
             "with --ckpt_path, for example --ckpt_path runs/NAME/version_0/checkpoints/last.ckpt."
         )
     path = Path(checkpoint)
     if checkpoint in _CHECKPOINT_WORDS or "://" in checkpoint or path.is_file():
-        return
-    folder = path if path.is_dir() else path.parent
-    found = sorted(str(file) for file in folder.glob("*.ckpt"))
-    if path.is_dir() and not found and not (path / "config.json").is_file():
-        return  # a checkpoint of several files
-    what = "is a folder, not a checkpoint" if path.is_dir() else "does not exist"
-    there = f"There are {', '.join(found)}." if found else f"There is no .ckpt file in {str(folder)!r}."
+        return checkpoint
+    newest = newest_checkpoint(path)
+    if newest is not None:
+        return str(newest)
+    if any((path / name).exists() for name in _SHARDED):
+        return checkpoint
+    folder = path if path.is_dir() and path.suffix != ".ckpt" else path.parent
+    found = sorted(str(file) for file in folder.glob("*.ckpt") if file != path)
+    what = "holds no complete checkpoint" if path.is_dir() else "does not exist"
+    there = f"There are {', '.join(found)}." if found else f"There is no .ckpt in {str(folder)!r}."
     raise ValueError(f"the checkpoint {checkpoint!r} {what}. {there}")
 
 

@@ -22,7 +22,7 @@ import logging
 import os
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 MANIFEST_NAME = "memzoo_manifest.json"
 MANIFEST_VERSION = 1
 MAX_JSON_BYTES = 64 * 2**20
+TRAINING_KIND = "training_checkpoint"  # `kind` in the manifest of what `memzoo train` resumes from
 
 StrPath = str | os.PathLike[str]
 
@@ -123,28 +124,33 @@ def write_folder(
         old_names = set()
 
     listed: dict[str, dict[str, Any]] = {}
-    for name, write in writers.items():
-        _check_plain_name(name, folder)
-        handle, temporary_name = tempfile.mkstemp(dir=folder, prefix=f".{name}.", suffix=".tmp")
-        os.close(handle)
-        temporary = Path(temporary_name)
-        try:
-            write(temporary)
-            _apply_default_mode(temporary)
-            _sync(temporary)
-            digest = sha256_of(temporary)
-            listed[name] = {"sha256": digest, "num_bytes": temporary.stat().st_size}
-            os.replace(temporary, _staged_path(folder, name, digest))
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-    _sync(folder)
-
-    write_json(folder / MANIFEST_NAME, {"format_version": MANIFEST_VERSION, **(extra or {}), "files": listed})
+    try:
+        for name, write in writers.items():
+            _check_plain_name(name, folder)
+            handle, temporary_name = tempfile.mkstemp(dir=folder, prefix=f".{name}.", suffix=".tmp")
+            os.close(handle)
+            temporary = Path(temporary_name)
+            try:
+                write(temporary)
+                _apply_default_mode(temporary)
+                _sync(temporary)
+                digest = sha256_of(temporary)
+                listed[name] = {"sha256": digest, "num_bytes": temporary.stat().st_size}
+                os.replace(temporary, _staged_path(folder, name, digest))
+            except BaseException:
+                temporary.unlink(missing_ok=True)
+                raise
+        _sync(folder)
+        write_json(
+            folder / MANIFEST_NAME, {"format_version": MANIFEST_VERSION, **(extra or {}), "files": listed}
+        )
+    except BaseException:
+        _drop_staged(folder, listed)
+        raise
     _finish_commit(folder)
     for name in old_names - set(listed):
         (folder / name).unlink(missing_ok=True)
-    for pattern in (".*.staged", *(f".{glob.escape(name)}.*.tmp" for name in listed)):
+    for pattern in (".*.staged", *(f".{glob.escape(name)}.*.tmp" for name in (*listed, MANIFEST_NAME))):
         for leftover in folder.glob(pattern):  # of saves that were killed
             leftover.unlink(missing_ok=True)
     _sync(folder)
@@ -206,6 +212,31 @@ def verify_folder(
                 f"the file was damaged or changed after saving. {remedy}"
             )
     return read_json(folder / MANIFEST_NAME)
+
+
+def peek_folder(folder: StrPath) -> dict[str, Any] | None:
+    """The manifest of a folder whose files are all there in their sizes, or None; contents are not read."""
+    folder = Path(folder)
+    try:
+        for name, entry in _listed_files(folder).items():
+            staged = _staged_path(folder, name, entry["sha256"])
+            path = staged if staged.exists() else folder / name
+            if not path.is_file() or path.stat().st_size != entry["num_bytes"]:
+                return None
+        return read_json(folder / MANIFEST_NAME)
+    except (CheckpointError, OSError):
+        return None
+
+
+def _drop_staged(folder: Path, listed: Mapping[str, Mapping[str, Any]]) -> None:
+    """Removes the staged files of a save that failed, unless its manifest was written after all."""
+    with suppress(CheckpointError, OSError):
+        if (folder / MANIFEST_NAME).exists() and _listed_files(folder) == listed:
+            return
+        for name, entry in listed.items():
+            _staged_path(folder, name, entry["sha256"]).unlink(missing_ok=True)
+        if not any(folder.iterdir()):
+            folder.rmdir()
 
 
 def _finish_commit(folder: Path) -> None:

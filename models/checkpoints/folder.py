@@ -23,7 +23,15 @@ from .families import (
     gguf_weight_map,
     hf_weight_map,
 )
-from .files import MANIFEST_NAME, StrPath, read_json, verify_folder, write_folder
+from .files import (
+    MANIFEST_NAME,
+    TRAINING_KIND,
+    StrPath,
+    peek_folder,
+    read_json,
+    verify_folder,
+    write_folder,
+)
 from .gguf_files import open_gguf
 from .safetensors_files import (
     INDEX_NAME,
@@ -54,7 +62,7 @@ def checked_place(path: StrPath) -> Path:
             f"{str(path)!r} does not exist (looked in {Path.cwd()}). {_nearest(path)}"
             "Give a model folder or a .gguf file."
         )
-    if path.suffix == ".ckpt":
+    if path.suffix == ".ckpt" or (peek_folder(path) or {}).get("kind") == TRAINING_KIND:
         model = path.parent.parent / "model"
         there = f"That of this run is {str(model)!r}." if (model / CONFIG_NAME).is_file() else ""
         raise CheckpointError(

@@ -35,6 +35,7 @@ _DTYPES = {
     "F32": torch.float32,
     "F64": torch.float64,
 }
+_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -165,20 +166,47 @@ def iterate_safetensors(infos: Mapping[str, TensorInfo]) -> Iterator[tuple[str, 
 
 
 def write_safetensors(path: StrPath, tensors: Mapping[str, Tensor]) -> None:
-    """Writes one file atomically. Tensors that share memory (tied weights) must be given once."""
+    """Writes one file atomically. Tensors that share memory (tied weights) should be given once."""
     with atomic_path(path) as temporary:
         write_safetensors_in_place(temporary, tensors)
 
 
 def write_safetensors_in_place(path: StrPath, tensors: Mapping[str, Tensor]) -> None:
-    """Writes one file straight to `path`; the caller renames it into place."""
-    from safetensors.torch import save_file
+    """Writes one file straight to `path`; the caller renames it into place.
 
-    save_file(
-        {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
-        path,
-        metadata={"format": "pt"},
-    )
+    One tensor at a time is copied to the CPU, and a full disk is the OSError that it is. (The writer of the
+    format's own package makes a temporary file of its own, which a kill leaves behind.)
+
+    Raises:
+        CheckpointError: a tensor of a dtype or layout that the format does not have.
+        OSError: the file cannot be written.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    # wide items first keep every tensor aligned to its items
+    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    position = 0
+    for name in names:
+        tensor = tensors[name]
+        if tensor.dtype not in _DTYPE_NAMES or tensor.layout != torch.strided or tensor.is_meta:
+            raise CheckpointError(
+                f"{name!r} is a tensor of dtype {tensor.dtype}, layout {tensor.layout} on {tensor.device}, "
+                f"which safetensors cannot hold. Expected a dense one of {', '.join(_DTYPE_NAMES.values())}."
+            )
+        size = tensor.numel() * tensor.element_size()
+        header[name] = {
+            "dtype": _DTYPE_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [position, position + size],
+        }
+        position += size
+    raw = json.dumps(header, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % 8)
+    with open(path, "wb") as file:
+        file.write(len(raw).to_bytes(8, "little") + raw)
+        for name in names:
+            # resolved: a conjugate or negative view has to become plain numbers first
+            plain = tensors[name].detach().resolve_neg().cpu().contiguous().reshape(-1)
+            file.write(plain.view(torch.uint8).numpy().data)
 
 
 def plan_shards(tensors: Mapping[str, Tensor], max_shard_bytes: int = 5 * 10**9) -> dict[str, list[str]]:

@@ -20,6 +20,7 @@ import memzoo
 from memzoo import cli
 from memzoo.models.checkpoints.folder import load_model
 from memzoo.records import read_record
+from memzoo.train.checkpointing import newest_checkpoint
 
 RECALL = {
     "model": {
@@ -166,7 +167,7 @@ def test_an_interrupted_run_says_what_is_left(
             assert line.startswith(f"memzoo: interrupted after step {last}; no model was written")
             assert left in line
     assert line.endswith("step=5.ckpt")
-    assert Path(line.split()[-1]).is_file()
+    assert newest_checkpoint(workplace / "kept") == Path(line.split()[-1])
 
 
 def test_train_then_use_the_folder(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -264,7 +265,7 @@ def test_a_checkpoint_is_looked_for_before_any_work(
             assert "There are kept/epoch=1.ckpt." in fails(
                 capsys, "train", subcommand, *config, "--ckpt_path", given
             )
-        assert "no .ckpt file in 'runs'" in fails(
+        assert "no .ckpt in 'runs'" in fails(
             capsys, "train", subcommand, *config, "--ckpt_path", "runs/x.ckpt"
         )
 
