@@ -15,7 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memzoo.kernels import KVPrefix, LinearState, attention, causal_conv, decode_attention, linear_attention
+from memzoo.kernels import (
+    KVPrefix,
+    LinearState,
+    attention,
+    causal_conv,
+    decode_attention,
+    linear_attention,
+    linear_cross_entropy,
+    linear_divergence,
+)
 from memzoo.testing import ContractError, assert_close
 
 # Dimensions: B batch, T tokens, N sequences, P prefix slots, S sink or cache slots, H heads, D key width, E
@@ -118,7 +127,7 @@ def _largest(x: Tensor) -> float:
 
 def _randn(generator: torch.Generator, *shape: int) -> Tensor:
     """Normal numbers that bfloat16 holds exactly."""
-    return torch.randn(*shape, generator=generator).bfloat16().double()
+    return torch.randn(shape, generator=generator).bfloat16().double()
 
 
 def _weights(name: str, out: Tensor) -> Tensor:
@@ -349,6 +358,40 @@ def _decode(
     return Case("decode_attention", name, make, call)
 
 
+# ------------------------------------------------------------------ losses of a linear head
+
+
+def _cross_entropy(name: str, *, positions: int, vocab: int, ignored: float, chunk_size: int) -> Case:
+    def make(generator: torch.Generator) -> Tensors:
+        targets = torch.randint(vocab, (positions,), generator=generator)
+        targets[torch.rand(positions, generator=generator) < ignored] = -100
+        return {
+            "hidden": _randn(generator, positions, 32),
+            "weight": _randn(generator, vocab, 32) / 4,
+            "targets": targets,
+        }
+
+    def call(tensors: Tensors, backend: str) -> Tensors:
+        return {"loss": linear_cross_entropy(**tensors, chunk_size=chunk_size, backend=backend)}
+
+    return Case("linear_cross_entropy", name, make, call)
+
+
+def _divergence(name: str, *, positions: int, vocab: tuple[int, int], chunk_size: int) -> Case:
+    def make(generator: torch.Generator) -> Tensors:
+        return {
+            "hidden": _randn(generator, positions, 32),
+            "weight": _randn(generator, vocab[0], 32) / 4,
+            "teacher_hidden": _randn(generator, positions, 24),
+            "teacher_weight": _randn(generator, vocab[1], 24) / 4,
+        }
+
+    def call(tensors: Tensors, backend: str) -> Tensors:
+        return {"loss": linear_divergence(**tensors, chunk_size=chunk_size, backend=backend)}
+
+    return Case("linear_divergence", name, make, call)
+
+
 CASES: tuple[Case, ...] = (
     _attention("causal", tokens=70),
     _attention("causal, grouped heads, statistics", tokens=130, heads=6, kv_heads=2, width=40, stats=True),
@@ -402,4 +445,10 @@ CASES: tuple[Case, ...] = (
     _decode("many slots", slots=200, width=64, value_width=64),
     _decode("grouped heads, odd widths", slots=65, heads=6, kv_heads=2, width=40, value_width=24),
     _decode("invalid slots, statistics", slots=70, heads=4, kv_heads=1, ragged=True, stats=True),
+    _cross_entropy("all labelled", positions=70, vocab=101, ignored=0.0, chunk_size=70),
+    _cross_entropy("few labelled, small chunks", positions=130, vocab=101, ignored=0.8, chunk_size=7),
+    _cross_entropy("none labelled", positions=20, vocab=10, ignored=1.1, chunk_size=16),
+    _divergence("one vocabulary", positions=70, vocab=(101, 101), chunk_size=16),
+    _divergence("a larger teacher", positions=40, vocab=(96, 101), chunk_size=64),
+    _divergence("a larger student", positions=40, vocab=(104, 101), chunk_size=13),
 )

@@ -5,6 +5,7 @@ from .backend import available_backends, use_backend
 from .causal_conv import causal_conv
 from .layout import ChunkLayout, sequence_lengths
 from .linear_attention import LinearState, linear_attention
+from .linear_cross_entropy import linear_cross_entropy, linear_divergence
 
 __all__ = [
     "AttentionOutput",
@@ -16,6 +17,8 @@ __all__ = [
     "causal_conv",
     "decode_attention",
     "linear_attention",
+    "linear_cross_entropy",
+    "linear_divergence",
     "sequence_lengths",
     "use_backend",
 ]

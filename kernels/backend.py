@@ -22,6 +22,8 @@ OPERATIONS: dict[str, tuple[str, ...]] = {
     "causal_conv": ("reference", "torch"),
     "decode_attention": ("reference", "torch"),
     "linear_attention": ("reference", "torch", "fla"),
+    "linear_cross_entropy": ("reference", "torch"),
+    "linear_divergence": ("reference", "torch"),
 }
 _EXTERNAL_MODULES = {"flash_attn": "flash_attn", "fla": "fla.ops.simple_gla"}
 _forced: list[str] = []
@@ -52,7 +54,8 @@ def available_backends(op: str) -> tuple[str, ...]:
     """Backends of one operation that this machine can run.
 
     Args:
-        op: name of an operation: "attention", "decode_attention", "causal_conv" or "linear_attention".
+        op: name of an operation: "attention", "causal_conv", "decode_attention", "linear_attention",
+            "linear_cross_entropy" or "linear_divergence".
 
     Returns:
         Names, "reference" first. External kernels are listed only when they import and CUDA is available.

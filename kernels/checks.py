@@ -5,7 +5,7 @@ from torch import Tensor
 
 def check_rank(name: str, x: Tensor, shape: str) -> None:
     """Raise unless `x` has as many dimensions as the letters in `shape`, such as "(B, T, H, D)"."""
-    rank = shape.count(",") + 1
+    rank = shape.rstrip(",)").count(",") + 1
     if x.dim() != rank:
         raise ValueError(f"{name} must have shape {shape}, got {tuple(x.shape)}.")
 
