@@ -11,7 +11,7 @@ import dataclasses
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -129,15 +129,66 @@ class State:
             )
         return self.map(lambda tensor: tensor.index_select(0, index.to(tensor.device)))
 
+    def restart(self: StateT, rows: Tensor, empty: StateT) -> StateT:
+        """Lets some sequences begin anew and leaves the others as they are, to the bit.
+
+        Args:
+            rows: (N,) bool, True = this row begins anew.
+            empty: the memory it begins with, ``init_state(N)`` of the same mixer or model; a learned one gets
+                its gradient.
+
+        Returns:
+            A state of this batch size, in the dtypes of this one. Where one of the two has more slots, the
+            other's are followed by unused ones. `empty` itself where all rows begin anew, this state where
+            none does.
+
+        Raises:
+            ValueError: another number of rows, or a state with other fields.
+        """
+        self.check_usable()
+        size = self.batch_size
+        if rows.shape != (size,) or rows.dtype != torch.bool or empty.batch_size != size:
+            raise ValueError(
+                f"this state has {size} rows; restart needs a boolean for each and an empty state as large, "
+                f"got {rows.dtype} {tuple(rows.shape)} and {empty.batch_size} rows. Use init_state({size})."
+            )
+        return _restart(self, empty, rows.cpu())
+
     def num_bytes(self) -> int:
         """Bytes of all tensors, counters included."""
         return sum(tensor.numel() * tensor.element_size() for _, tensor in self.named_tensors())
+
+    def to_plain(self) -> dict[str, Any]:
+        """The state as plain data, to be kept inside something larger: names, and copies of the tensors."""
+        tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in self.named_tensors()}
+        return {"version": FORMAT_VERSION, "state": _describe(self), "tensors": tensors}
+
+    @staticmethod
+    def from_plain(data: Mapping[str, Any]) -> State:
+        """The state that `to_plain` described: only state types known to this process are built.
+
+        Raises:
+            ValueError: damaged, of another version, or of an unknown state type.
+        """
+        if data.get("version") != FORMAT_VERSION:
+            raise ValueError(
+                f"the state has format {data.get('version')!r}, this version reads {FORMAT_VERSION}. "
+                "Save it again with a matching version."
+            )
+        tensors = dict(data["tensors"])
+        try:
+            state = _rebuild(data["state"], tensors, "")
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ValueError(f"the state is damaged: {error}. Save it again.") from error
+        if tensors:
+            raise ValueError(f"it holds tensors that belong to no field: {sorted(tensors)}. Save it again.")
+        return state
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes a safetensors file (under a temporary name in the same folder, then renamed)."""
         from safetensors.torch import save as safetensors_bytes
 
-        tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in self.named_tensors()}
+        tensors = self.to_plain()["tensors"]
         metadata = {"memzoo_state_version": str(FORMAT_VERSION), "memzoo_state": json.dumps(_describe(self))}
         target = Path(path)
         handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
@@ -175,13 +226,10 @@ class State:
                 "Give a file written by State.save of a matching version."
             )
         try:
-            state = _rebuild(json.loads(metadata["memzoo_state"]), tensors, "")
-        except (AttributeError, KeyError, TypeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path} is damaged: {error}. Save the state again.") from error
-        if tensors:
-            raise ValueError(
-                f"{path} holds tensors that belong to no field: {sorted(tensors)}. Save the state again."
-            )
+            tree = json.loads(metadata["memzoo_state"])
+            state = State.from_plain({"version": FORMAT_VERSION, "state": tree, "tensors": tensors})
+        except (KeyError, ValueError) as error:
+            raise ValueError(f"{path} is damaged: {error}") from error
         return state.to(device)
 
     def check_usable(self) -> None:
@@ -200,6 +248,54 @@ class State:
             for item in value if isinstance(value, tuple) else (value,):
                 if isinstance(item, State):
                     item.poison()
+
+
+def _restart(old: StateT, new: StateT, rows: Tensor) -> StateT:
+    """`old` with the given rows of `new`; see `State.restart`."""
+    if type(old) is not type(new):
+        raise ValueError(
+            f"a {type(old).__name__} cannot begin anew as a {type(new).__name__}. "
+            "Give the empty state of the same mixer."
+        )
+    if rows.all() or not rows.any():
+        return new if rows.any() else old
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(old):
+        left, right = getattr(old, field.name), getattr(new, field.name)
+        if isinstance(left, State) and isinstance(right, State):
+            values[field.name] = _restart(left, right, rows)
+        elif isinstance(left, tuple) and isinstance(right, tuple) and len(left) == len(right):
+            values[field.name] = tuple(_restart(a, b, rows) for a, b in zip(left, right, strict=True))
+        elif isinstance(left, Tensor) and isinstance(right, Tensor):
+            values[field.name] = _restart_tensor(left, right.to(left), rows, field.name)
+        elif left is None and right is None:
+            values[field.name] = None
+        else:
+            raise ValueError(
+                f"{field.name} of the {type(old).__name__} is another thing than in the empty state. "
+                "Give the empty state of the same mixer."
+            )
+    return type(old)(**values)
+
+
+def _restart_tensor(old: Tensor, new: Tensor, rows: Tensor, name: str) -> Tensor:
+    if old.dim() > 1:
+        slots = max(old.shape[1], new.shape[1])
+        old, new = _with_slots(old, slots), _with_slots(new, slots)
+    if old.shape != new.shape:
+        raise ValueError(
+            f"{name} has the shape {tuple(old.shape)}, in the empty state {tuple(new.shape)}. "
+            "Give the empty state of the same mixer."
+        )
+    return torch.where(rows.to(old.device).view(-1, *(1,) * (old.dim() - 1)), new, old)
+
+
+def _with_slots(tensor: Tensor, slots: int) -> Tensor:
+    """(N, slots, ...), with unused (zero) ones at the end."""
+    missing = slots - tensor.shape[1]
+    if missing == 0:
+        return tensor
+    return torch.cat([tensor, tensor.new_zeros(tensor.shape[0], missing, *tensor.shape[2:])], 1)
 
 
 def _flatten(state: State) -> tuple[list[Any], list[str]]:

@@ -345,6 +345,38 @@ def check_rows(subject: Subject) -> float:
         return max(error, assert_close("rows: one selected row", fewer, straight[[1]], bound))
 
 
+def check_restart(subject: Subject) -> float:
+    """Promise 3: a row may begin anew beside rows that go on; it is then as one that never read anything."""
+    mixer, bound = subject.mixer, TOLERANCE[subject.dtype]
+    length = subject.num_tokens // mixer.segment_size * mixer.segment_size
+    x, streams = subject.inputs(3, length), subject.streams(3, length)
+    with torch.no_grad():
+        state = mixer(x, streams=streams, return_state=True).state
+    rows = torch.tensor([False, True, False])
+    empty = mixer.init_state(3, device=subject.device, dtype=subject.dtype)
+    begun = state.restart(rows, empty)
+    learned = [name for name, tensor in empty.named_tensors() if tensor.requires_grad]
+    if learned != [name for name, tensor in begun.named_tensors() if tensor.requires_grad]:
+        raise ContractError(f"restart: the learned memories {learned} lose their gradient")
+    for row, source in enumerate((state, empty, state)):
+        name = f"restart: row {row} of the state"
+        assert_states_close(name, begun.select([row]), source.select([row]), 0.0)
+    with torch.no_grad():
+        more, goes_on = subject.inputs(3, length), subject.more_streams(3, length)
+        fresh = subject.streams(3, length)
+        mixed = {name: torch.where(rows.to(s.device)[:, None], fresh[name], s) for name, s in goes_on.items()}
+        got = mixer(more, begun, streams=mixed, return_state=True)
+        alone = mixer(more, streams=fresh, return_state=True)
+        kept = mixer(more, state, streams=goes_on, return_state=True)
+        worst = 0.0
+        for row, wanted in enumerate((kept, alone, kept)):
+            name = f"restart: row {row}"
+            worst = max(worst, assert_close(name, got.hidden[row], wanted.hidden[row], bound))
+            states = got.state.select([row]), wanted.state.select([row])
+            worst = max(worst, assert_states_close(f"{name}: state", *states, bound))
+    return worst
+
+
 def check_padding(subject: Subject) -> float:
     """Promise 3: padding on the left, the right, both sides or in holes changes nothing."""
     bound, worst = TOLERANCE[subject.dtype], 0.0
@@ -906,6 +938,7 @@ def contract_checks(
     checks["bites"] = lambda: check_bites(double())
     checks["causality"] = lambda: check_causality(single())
     checks["rows"] = lambda: check_rows(double())
+    checks["restart"] = lambda: check_restart(double())
     checks["value"] = lambda: check_value(single())
     checks["extras"] = lambda: check_extras(double())
     checks["size"] = lambda: check_size(single())

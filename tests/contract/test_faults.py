@@ -1,4 +1,4 @@
-"""The matrix bites: one small healthy mixer, twenty-odd faulty twins, and the check that catches each.
+"""The matrix bites: one small healthy mixer, thirty-odd faulty twins, and the check that catches each.
 
 S_t = a S_{t-1} + k_t v_t^T,  S halved after every C tokens of the sequence
 y_t = W (q_t S_t + mean of the last W values)                            grouped heads
@@ -113,7 +113,8 @@ class Toy(TokenMixer):
                 memory = memory + carried
             if fault == "state lost at an unaligned split" and start % self.config.chunk_size:
                 memory = torch.zeros_like(memory)
-            out, memory, history = self._read_sequence(*parts, memory, past, start, ctx)
+            grid = ctx.starts[0] if fault == "all rows follow the grid of the first" else start
+            out, memory, history = self._read_sequence(*parts, memory, past, grid, ctx)
             carried = memory
             outputs.append(out)
             memories.append(memory)
@@ -187,6 +188,7 @@ class Toy(TokenMixer):
 
 
 FAULTS = {
+    "all rows follow the grid of the first": "restart",
     "a donated state stays usable": "value",
     "a gradient is cut": "gradients",
     "a loss is a mean, not a sum": "extras",

@@ -151,6 +151,69 @@ def test_tensors_that_belong_to_no_field_are_refused(tmp_path):
         State.load(path)
 
 
+def test_rows_begin_anew_and_others_keep_their_bits():
+    state, empty = counting(), counting().map(lambda tensor: tensor * 0 - 1)
+    begun = state.restart(torch.tensor([False, True, False]), empty)
+    assert begun.num_tokens.tolist() == [0, -1, 2]
+    assert begun.stored.tolist() == [0, -1, 4]
+    assert begun.value.tolist() == [[0, 1], [-1, -1], [4, 5]]
+    assert state.restart(torch.zeros(3, dtype=torch.bool), empty) is state
+    assert state.restart(torch.ones(3, dtype=torch.bool), empty) is empty
+
+
+def test_restart_pads_slots_and_keeps_dtypes_and_gradients():
+    old = CountingState(num_tokens=torch.ones(2), stored=torch.ones(2), value=torch.ones(2, 3).bfloat16())
+    learned = torch.full((2, 1), 5.0, requires_grad=True)
+    empty = CountingState(num_tokens=torch.zeros(2), stored=torch.zeros(2), value=learned)
+    begun = old.restart(torch.tensor([True, False]), empty)
+    assert begun.value.tolist() == [[5, 0, 0], [1, 1, 1]]
+    assert begun.value.dtype == torch.bfloat16
+    begun.value.sum().backward()
+    assert learned.grad.tolist() == [[1], [0]]
+
+
+def test_restart_refuses_what_does_not_fit(nested):
+    rows = torch.tensor([True, False])
+    other = build_mixer({"type": "sliding_window", "d_model": 8, "num_heads": 2, "window_size": 3})
+    for wrong_rows, empty, message in [
+        (torch.tensor([True]), nested, r"has 2 rows; .* torch.bool \(1,\)"),
+        (torch.tensor([1, 0]), nested, "a boolean for each"),
+        (rows, nested.select([0]), "and 1 rows"),
+        (rows, other.init_state(2), "cannot begin anew as a WindowCache"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            nested.restart(wrong_rows, empty)
+    with pytest.raises(ValueError, match="value of the CountingState is another thing"):
+        counting(2).restart(rows, CountingState(num_tokens=torch.zeros(2), stored=torch.zeros(2)))
+
+
+def test_plain_data_holds_a_whole_state(nested):
+    plain = nested.to_plain()
+    again = State.from_plain(plain)
+    assert tensors(again).keys() == tensors(nested).keys()
+    assert all(torch.equal(tensors(again)[name], tensor) for name, tensor in nested.named_tensors())
+    plain["tensors"]["num_tokens"].zero_()
+    assert nested.num_tokens.tolist() == [5, 5], "the copy is independent"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"version": 2}, "has format 2, this version reads 1"),
+        ({"tensors": {}}, "damaged: 'num_tokens'"),
+        ({"state": {"type": "Unheard", "fields": {}}}, "known types are"),
+        ({"state": {"type": "CountingState", "fields": {"num_tokens": "tensor"}}}, "damaged"),
+    ],
+)
+def test_damaged_plain_data_is_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        State.from_plain(counting().to_plain() | change)
+    extra = counting().to_plain()
+    extra["tensors"]["left_over"] = torch.zeros(1)
+    with pytest.raises(ValueError, match=r"belong to no field: \['left_over'\]"):
+        State.from_plain(extra)
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_damaged_files_give_a_clean_error_or_the_right_shapes(nested, tmp_path, seed):
     path = tmp_path / "state.safetensors"
