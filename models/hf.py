@@ -10,29 +10,25 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    GenerationMixin,
-    PretrainedConfig,
-    PreTrainedModel,
-)
-from transformers.cache_utils import Cache
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .checkpoints.errors import CheckpointError
 from .checkpoints.files import StrPath, verify_folder, write_folder
-from .checkpoints.folder import CONFIG_NAME, MODEL_TYPE, config_from_own
+from .checkpoints.folder import CONFIG_NAME, MODEL_TYPE
 from .checkpoints.safetensors_files import read_header
-from .config import ModelConfig
-from .decoder import DecoderBlock, MemoryLM, ModelState, parameter_tags, restore_parameter_tags
+from .decoder import DecoderBlock, MemoryLM, parameter_tags, restore_parameter_tags
+from .hf_cache import MemoryCache
+from .hf_config import MemoryConfig
+
+__all__ = ["MemoryCache", "MemoryConfig", "MemoryForCausalLM", "save_model"]
 
 # options of generate() that need what a memory cannot give: a state cannot be cut back to an earlier token
 _REFUSED = {
@@ -48,138 +44,6 @@ _REFUSED = {
     "cache_implementation": "another cache than the memory's own",
     "custom_generate": "generation code from elsewhere",
 }
-
-
-class MemoryConfig(PretrainedConfig):
-    """Hugging Face configuration around a `ModelConfig`.
-
-    Args:
-        memory: the `ModelConfig`, or the dictionary that describes it.
-        kwargs: options of every Hugging Face config (`bos_token_id`, `eos_token_id`, ...).
-
-    Raises:
-        ValueError: no valid model config, or a key that names code to import.
-    """
-
-    model_type = MODEL_TYPE
-
-    def __init__(self, memory: ModelConfig | Mapping[str, Any] | None = None, **kwargs: Any) -> None:
-        if memory is not None and not isinstance(memory, ModelConfig):
-            memory = config_from_own({**kwargs, "memory": memory}, "the config")
-        self.memory: dict[str, Any] = {} if memory is None else memory.to_dict()
-        if memory is not None:
-            kwargs["tie_word_embeddings"] = memory.tie_embeddings
-        super().__init__(**kwargs)
-
-    @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """A config from the content of a `config.json`.
-
-        Raises:
-            CheckpointError: it does not describe a memory model.
-        """
-        config_from_own(config_dict, str(kwargs.get("name_or_path", "the config")))
-        return super().from_dict(config_dict, **kwargs)
-
-    @property
-    def model(self) -> ModelConfig:
-        """The model config as an object."""
-        return ModelConfig.from_dict(self.memory)
-
-    @property
-    def vocab_size(self) -> int:
-        """Rows of the embedding."""
-        return int(self.memory["vocab_size"])
-
-    @property
-    def hidden_size(self) -> int:
-        """Width of the residual stream."""
-        return int(self.memory["d_model"])
-
-    @property
-    def num_hidden_layers(self) -> int:
-        """Number of blocks."""
-        return int(self.memory["num_layers"])
-
-    @property
-    def max_position_embeddings(self) -> int | None:
-        """Context length of pretraining, if known; nothing is cut at it."""
-        return self.memory.get("max_position_embeddings")
-
-
-class MemoryCache(Cache):
-    """The state of a generation in the form that `generate` hands around.
-
-    The cache owns its state and gives its memory away to each next step; a state passed in is copied.
-
-    Args:
-        state: what the model has read so far, to continue from (prefix caching, a loaded state); None for
-            nothing.
-
-    Attributes:
-        state: the current state, None before the first token.
-    """
-
-    def __init__(self, state: ModelState | None = None) -> None:
-        super().__init__(layers=[])
-        self.state = None if state is None else state.clone()
-        self._num_columns = 0 if state is None else int(state.num_tokens.max())
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Columns of input read so far: the tokens, and padding where prompts were unequal."""
-        return self._num_columns
-
-    def get_max_cache_shape(self, layer_idx: int = 0) -> int:
-        """-1: there is no maximum."""
-        return -1
-
-    @property
-    def is_compileable(self) -> bool:
-        """Never: the state changes its type and sizes as it pleases."""
-        return False
-
-    def update_state(self, state: ModelState | None, num_columns: int) -> None:
-        """Takes the state after `num_columns` further columns of input."""
-        self.state = state
-        self._num_columns += num_columns
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Keeps the rows that beam search goes on with."""
-        self.batch_select_indices(beam_idx)
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keeps, reorders or repeats rows."""
-        if self.state is not None:
-            self.state = self.state.select(indices)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeats every row."""
-        if self.state is not None:
-            self.state = self.state.select(torch.arange(self.state.batch_size).repeat_interleave(repeats))
-
-    def reset(self) -> None:
-        """Forgets everything."""
-        self.state = None
-        self._num_columns = 0
-
-    def crop(self, *args: Any, **kwargs: Any) -> None:
-        """Refused: a memory cannot forget its last tokens.
-
-        Raises:
-            ValueError: always.
-        """
-        raise ValueError(
-            "a memory cannot be cut back to an earlier token. "
-            "Keep a copy (cache.state.clone()) and start a new MemoryCache from it."
-        )
-
-    def update(self, *args: Any, **kwargs: Any) -> Any:
-        """Refused: the cache holds states, not keys and values.
-
-        Raises:
-            ValueError: always.
-        """
-        raise ValueError("MemoryCache holds the states of MemoryForCausalLM and serves no other model.")
 
 
 class MemoryForCausalLM(PreTrainedModel, GenerationMixin):
@@ -472,6 +336,18 @@ class MemoryForCausalLM(PreTrainedModel, GenerationMixin):
 
     def _init_weights(self, module: nn.Module) -> None:
         """Nothing: `MemoryLM` and its mixers initialise themselves when they are built."""
+
+    def _expand_inputs_for_generation(
+        self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Any = None, **kwargs: Any
+    ) -> Any:
+        cache = kwargs.get("past_key_values")
+        if isinstance(cache, MemoryCache) and cache.state is not None and input_ids is not None:
+            # one row per prompt becomes one per beam, unless the caller has done so already
+            is_done = cache.state.batch_size != input_ids.shape[0]
+            cache.batch_repeat_interleave(1 if is_done else expand_size)
+        return super()._expand_inputs_for_generation(
+            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **kwargs
+        )
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any

@@ -43,13 +43,6 @@ def device_name(name: str) -> str:
     return name
 
 
-def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """Short digest of the vocabulary and its rules: two records are paired only when it is the same."""
-    import hashlib
-
-    return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()[:16]
-
-
 def pad_token_id(tokenizer: Any) -> int | None:
     """The padding token, or the one that ends a text where there is none."""
     if tokenizer.pad_token_id is not None:

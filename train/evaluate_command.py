@@ -11,7 +11,6 @@ from .command_parts import (
     model_place,
     progress_line,
     table,
-    tokenizer_fingerprint,
     write_if_asked,
 )
 
@@ -47,6 +46,7 @@ def evaluate_perplexity(
     check_output(output)
     import torch
 
+    from ..models.reading import tokenizer_fingerprint
     from .data.documents import encode_documents, read_documents
     from .data.texts import list_texts, load_text
     from .data.tokenizers import load_tokenizer

@@ -8,6 +8,7 @@ changed in place for the caller unless the caller donates it. ``num_tokens`` and
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import tempfile
@@ -184,12 +185,23 @@ class State:
             raise ValueError(f"it holds tensors that belong to no field: {sorted(tensors)}. Save it again.")
         return state
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes a safetensors file (under a temporary name in the same folder, then renamed)."""
+    def save(self, path: str | os.PathLike[str], notes: Mapping[str, str] | None = None) -> None:
+        """Writes a safetensors file (under a temporary name in the same folder, then renamed).
+
+        Args:
+            path: file to write; its folder must exist.
+            notes: short texts to keep beside the state, such as what made it; `read_notes` returns them.
+        """
         from safetensors.torch import save as safetensors_bytes
 
         tensors = self.to_plain()["tensors"]
-        metadata = {"memzoo_state_version": str(FORMAT_VERSION), "memzoo_state": json.dumps(_describe(self))}
+        described, said = json.dumps(_describe(self)), json.dumps(dict(notes or {}))
+        metadata = {
+            "memzoo_state_version": str(FORMAT_VERSION),
+            "memzoo_state": described,
+            "memzoo_notes": said,
+            "memzoo_sha256": _digest(tensors, described, said),
+        }
         target = Path(path)
         handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
         try:
@@ -209,28 +221,33 @@ class State:
         Raises:
             ValueError: not a state file, damaged, of another version, or of an unknown state type.
         """
-        from safetensors import SafetensorError, safe_open
-
+        metadata, tensors = _read_file(path)
         try:
-            with safe_open(str(path), framework="pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        except (SafetensorError, OSError, RuntimeError) as error:
-            raise ValueError(
-                f"{path} is not a readable state file ({error}). Save the state again with State.save."
-            ) from error
-        version = metadata.get("memzoo_state_version")
-        if version != str(FORMAT_VERSION):
-            raise ValueError(
-                f"{path} has state format {version!r}, this version reads {FORMAT_VERSION}. "
-                "Give a file written by State.save of a matching version."
-            )
-        try:
-            tree = json.loads(metadata["memzoo_state"])
-            state = State.from_plain({"version": FORMAT_VERSION, "state": tree, "tensors": tensors})
+            described = metadata["memzoo_state"]
+            digest = _digest(tensors, described, metadata.get("memzoo_notes", "{}"))
+            if digest != metadata.get("memzoo_sha256", digest):
+                raise ValueError("its content differs from its SHA-256. Save the state again.")
+            plain = {"version": FORMAT_VERSION, "state": json.loads(described), "tensors": tensors}
+            state = State.from_plain(plain)
         except (KeyError, ValueError) as error:
             raise ValueError(f"{path} is damaged: {error}") from error
         return state.to(device)
+
+    @staticmethod
+    def read_notes(path: str | os.PathLike[str]) -> dict[str, str]:
+        """The notes beside a saved state; its tensors are not read.
+
+        Raises:
+            ValueError: not a state file, damaged, or of another version.
+        """
+        metadata, _ = _read_file(path, with_tensors=False)
+        try:
+            notes = json.loads(metadata.get("memzoo_notes", "{}"))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} is damaged: {error}. Save the state again.") from error
+        if not isinstance(notes, dict) or not all(isinstance(value, str) for value in notes.values()):
+            raise ValueError(f"{path} is damaged: its notes are no texts. Save the state again.")
+        return notes
 
     def check_usable(self) -> None:
         """Raises ValueError when the state was donated to a step and must not be read any more."""
@@ -301,6 +318,41 @@ def _with_slots(tensor: Tensor, slots: int) -> Tensor:
 def _flatten(state: State) -> tuple[list[Any], list[str]]:
     names = [field.name for field in dataclasses.fields(state)]
     return [getattr(state, name) for name in names], names
+
+
+def _read_file(
+    path: str | os.PathLike[str], with_tensors: bool = True
+) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Metadata and tensors of a state file of this version."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            metadata = file.metadata() or {}
+            names = file.keys() if with_tensors else ()
+            tensors = {name: file.get_tensor(name) for name in names}
+    except (SafetensorError, OSError, RuntimeError) as error:
+        raise ValueError(
+            f"{path} is not a readable state file ({error}). Save the state again with State.save."
+        ) from error
+    version = metadata.get("memzoo_state_version")
+    if version != str(FORMAT_VERSION):
+        raise ValueError(
+            f"{path} has state format {version!r}, this version reads {FORMAT_VERSION}. "
+            "Give a file written by State.save of a matching version."
+        )
+    return metadata, tensors
+
+
+def _digest(tensors: Mapping[str, Tensor], *texts: str) -> str:
+    """SHA-256 of all tensors, by name, and of the texts beside them."""
+    found = hashlib.sha256("\0".join(texts).encode())
+    for name in sorted(tensors):
+        found.update(name.encode())
+        # a tensor of one element may have any stride, which a view of its bytes refuses: hence the clone
+        flat = tensors[name].reshape(-1).clone(memory_format=torch.contiguous_format)
+        found.update(flat.view(torch.uint8).numpy().data)
+    return found.hexdigest()
 
 
 def _describe(state: State) -> dict[str, Any]:

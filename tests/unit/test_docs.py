@@ -23,7 +23,11 @@ from memzoo.records import write_record
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "docs").glob("*/*.md"))]
-EXAMPLES = ["docs/models.md", *(f"docs/mixers/{name}.md" for name in ("attention", "linear", "lolcats"))]
+EXAMPLES = [
+    "docs/evaluate.md",
+    "docs/models.md",
+    *(f"docs/mixers/{name}.md" for name in ("attention", "linear", "lolcats")),
+]
 EXAMPLES.append("docs/mixers/composites.md")
 
 
