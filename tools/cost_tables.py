@@ -257,6 +257,14 @@ def _class(name: str) -> type:
         from memzoo.train.data.text import TextDataModule
 
         return TextDataModule
+    if name == "data_stream":
+        from memzoo.train.data.stream_module import StreamDataModule
+
+        return StreamDataModule
+    if name == "data_set":
+        from memzoo.train.data.datasets_source import DatasetSource
+
+        return DatasetSource
     if name == "data_mqar":
         from memzoo.train.data.mqar_module import MQARDataModule
 
@@ -293,6 +301,7 @@ def _kind(annotation: Any) -> str:
         "tuple[MixerConfig, ...]": "list of mixers",
         "Sequence[MQARSegment]": "list of segments",
         "LayerPlan": "entry or list",
+        "DatasetSource": "data set",
     }
     parts = []
     for part in text.split(" | "):

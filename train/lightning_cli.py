@@ -33,6 +33,7 @@ from .checkpointing import FolderCheckpointIO, newest_checkpoint
 MODEL_TYPES = {"language_model": "memzoo.train.modules:LanguageModelModule"}
 DATA_TYPES = {
     "mqar": "memzoo.train.data.mqar_module:MQARDataModule",
+    "stream": "memzoo.train.data.stream_module:StreamDataModule",
     "text": "memzoo.train.data.text:TextDataModule",
 }
 _DEFAULT_TYPES = {"model": "language_model", "data": "text"}

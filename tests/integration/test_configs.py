@@ -26,6 +26,15 @@ SMALL = {
         "train_segments": [{"input_seq_len": 64, "num_kv_pairs": 4, "num_examples": 24}],
         "batch_size": 8,
     },
+    "stream": {
+        "dataset": {"path": "json", "data_files": "rows.jsonl"},
+        "val_dataset": {"path": "json", "data_files": "rows.jsonl", "split": "train", "max_rows": 5},
+        "seq_len": 64,
+        "batch_size": 2,
+        "batches_per_epoch": 3,
+        "max_val_windows": 2,
+        "shuffle_buffer": 4,
+    },
     "text": {"seq_len": 64, "batch_size": 2, "max_val_windows": 2},
 }
 
@@ -69,6 +78,7 @@ def test_the_shipped_evaluation_measures_a_model(tmp_path: Path, monkeypatch: py
 @pytest.mark.parametrize("name", RUNS)
 def test_runs_train_three_steps(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps({"text": "a story " * n}) for n in range(20)))
     content = yaml.safe_load(configs.find(name).read_text())
     small = [f"--data.{key}={json.dumps(value)}" for key, value in SMALL[content["data"]["type"]].items()]
     run = ["--trainer.max_steps=3", "--trainer.limit_val_batches=1", "--trainer.accelerator=cpu"]
@@ -123,6 +133,10 @@ ATTACKS = [
     "{data: {class_path: planted.Module}}",
     "{data: {type: planted.Module}}",
     "{data: {train_segments: [planted.Module]}}",
+    "{data: {type: text, dataset: planted.Module}}",
+    "{data: {type: text, dataset: {class_path: planted.Module}}}",
+    "{data: {type: text, dataset: {path: planted.Module, data_files: {class_path: planted.Module}}}}",
+    "{data: {type: stream, dataset: '{class_path: planted.Module}'}}",
     "{data: {train_segments: '[planted.Module]'}}",
     "{data: {train_segments: [{class_path: planted.Module}]}}",
     "{data: {batch_size: {class_path: planted.Module}}}",
@@ -142,6 +156,8 @@ FLAGS = [
     ["--model.config", EVIL],
     ["--model.config.layers+", EVIL],
     ["--data.train_segments+", "planted.Module"],
+    ["--data.type=text", "--data.dataset", "planted.Module"],
+    ["--data.type=text", "--data.dataset.class_path", "planted.Module"],
     ["--data.train_segments+=planted.Module"],
     ["--trainer.profiler", "planted.Module"],
     ["--trainer.profiler.help", "planted.Module"],

@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,6 +18,9 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.distributed import DistributedSampler
 
 from .mqar import IGNORE_INDEX
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
 
 
 @dataclass
@@ -173,4 +176,21 @@ def check_loader_settings(*, batch_size: int, num_workers: int) -> None:
     if num_workers < 0:
         raise ValueError(
             f"num_workers must be at least 0, got {num_workers}. Use 0 to load in the main process."
+        )
+
+
+def refuse_processes(trainer: Trainer | None, what: str) -> None:
+    """Refuse several training processes.
+
+    Args:
+        trainer: the one that will read the data, if there is one yet.
+        what: the data, for the message.
+
+    Raises:
+        ValueError: there are several.
+    """
+    if trainer is not None and trainer.world_size > 1:
+        raise ValueError(
+            f"{what} can be read by one training process only, got {trainer.world_size}. "
+            "Set trainer.devices=1 and trainer.num_nodes=1."
         )

@@ -1,16 +1,77 @@
-"""Documents of local files, and their token ids."""
+"""Documents of bundled texts, files and data sets, and their token ids."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .datasets_source import DatasetSource, numbered, open_dataset, stream_dataset
+from .texts import load_text
+from .tokenizers import BYTES, load_tokenizer
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+# documents encoded at once
+_ENCODED_TOGETHER = 1000
+
+
+class TextEncoder:
+    """Documents as token ids.
+
+    Args:
+        tokenizer: ``"bytes"``, a folder with a tokenizer, or a ``.gguf`` file.
+        append_eos: end every document with the tokenizer's end-of-text token.
+        text_field: field of a record that holds the text.
+
+    Raises:
+        ValueError: no tokenizer there, or one without an end-of-text token where one is wanted.
+    """
+
+    def __init__(self, tokenizer: str, *, append_eos: bool, text_field: str) -> None:
+        self.as_bytes = tokenizer == BYTES
+        self.tokenizer: PreTrainedTokenizerFast = load_tokenizer(tokenizer)
+        self.append_eos, self.text_field = append_eos, text_field
+        self.encode([])
+
+    def encode(self, documents: Sequence[str]) -> list[np.ndarray]:
+        """Token ids of each document, (L,) int64."""
+        return encode_documents(self.tokenizer, documents, append_eos=self.append_eos, as_bytes=self.as_bytes)
+
+    def encode_all(
+        self, texts: Sequence[str], files: Sequence[str], dataset: DatasetSource | None
+    ) -> list[np.ndarray]:
+        """All documents of bundled texts, files and a data set, in this order."""
+        documents = [document.text for name in texts for document in load_text(name)]
+        documents += [document for file in files for document in read_documents(file, self.text_field)]
+        encoded = self.encode(documents)
+        if dataset is not None:
+            rows = numbered(open_dataset(dataset, self.text_field), dataset)
+            while part := [
+                text_of(row, self.text_field, place) for place, row in islice(rows, _ENCODED_TOGETHER)
+            ]:
+                encoded += self.encode(part)
+        return encoded
+
+    def encode_first(self, dataset: DatasetSource, num_tokens: int) -> list[np.ndarray]:
+        """The first documents of a data set, read as it comes: as many as it takes to ``num_tokens``."""
+        encoded, length = [], 0
+        for place, row in numbered(stream_dataset(dataset, self.text_field), dataset):
+            encoded += self.encode([text_of(row, self.text_field, place)])
+            length += len(encoded[-1])
+            if length >= num_tokens:
+                break
+        return encoded
+
+
+def names(value: str | Sequence[str]) -> tuple[str, ...]:
+    """One name or several, as several."""
+    return (value,) if isinstance(value, str) else tuple(value)
 
 
 def check_text_file(file: str, suffixes: Sequence[str] = (".txt", ".jsonl")) -> None:

@@ -30,6 +30,11 @@ class TokenStream:
     def __len__(self) -> int:
         return len(self.tokens)
 
+    @property
+    def lengths(self) -> Tensor:
+        """(N,) tokens of each document."""
+        return torch.diff(self.starts, append=torch.tensor([len(self)]))
+
     @classmethod
     def join(cls, documents: Sequence[np.ndarray]) -> TokenStream:
         """Put tokenised documents one after another; empty ones are left out."""
@@ -130,3 +135,31 @@ def held_out_start(stream: TokenStream, fraction: float) -> int:
     earlier = stream.starts[stream.starts <= position]
     document = int(earlier[-1]) if len(earlier) else 0
     return document if document > len(stream) // 2 else position
+
+
+def check_window_settings(*, seq_len: int, max_val_windows: int | None) -> None:
+    """Refuse sizes no window can have.
+
+    Raises:
+        ValueError: one of them is below 1.
+    """
+    if seq_len < 1:
+        raise ValueError(f"seq_len must be at least 1, got {seq_len}.")
+    if max_val_windows is not None and max_val_windows < 1:
+        raise ValueError(f"max_val_windows must be at least 1, or null for all, got {max_val_windows}.")
+
+
+def check_length(stream: TokenStream, name: str, seq_len: int) -> None:
+    """Refuse a text that fills no window.
+
+    Args:
+        name: what the text is for, for the message.
+
+    Raises:
+        ValueError: too few tokens.
+    """
+    if len(stream) <= seq_len:
+        raise ValueError(
+            f"the {name} text has {len(stream)} tokens, a window needs {seq_len + 1}. "
+            "Give more text, a smaller seq_len, or another val_fraction."
+        )
