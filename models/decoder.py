@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -46,7 +46,7 @@ class ModelOutput:
         logits: (B, T, V); (N, V) from `step` and for `last_only`.
         state: the state after the last token, when asked for.
         hidden_states: when asked for, the embeddings and the output of each block, the last one normalised;
-            (B, T, M) each.
+            (B, T, M) each. Or that last one alone.
         aux: losses of the layers, "layers.<i>.<name>" -> (sum, count), each (N,).
         extras: per-token tensors of the layers for whole-model losses, "layers.<i>.<name>" -> (B, T, ...),
             when asked for.
@@ -204,7 +204,7 @@ class MemoryLM(nn.Module):
         overrides: Mapping[str, int] | None = None,
         return_state: bool = False,
         return_extras: bool = False,
-        return_hidden_states: bool = False,
+        return_hidden_states: bool | Literal["last"] = False,
         last_only: bool = False,
     ) -> ModelOutput:
         """Reads tokens and predicts the next one at each position.
@@ -218,7 +218,8 @@ class MemoryLM(nn.Module):
             overrides: sizes to use in this call only, see the mixers.
             return_state: also return the state after the last token.
             return_extras: also return what whole-model losses need.
-            return_hidden_states: also return the residual stream before, between and after the blocks.
+            return_hidden_states: also return the residual stream before, between and after the blocks;
+                "last" keeps only what the head reads.
             last_only: logits (N, V) of the last real token of each sequence instead of (B, T, V); 0 where a
                 sequence has no token in this call.
 
@@ -247,7 +248,7 @@ class MemoryLM(nn.Module):
                 "the input holds no token (an empty prompt). Give at least one, a bos token for instance."
             )
         hidden = self._embed(ctx.pack(input_ids))  # (B, T, M) or (1, L, M)
-        hidden, new_state, aux, extras, seen = self._run(hidden, ctx, state, return_hidden_states)
+        hidden, new_state, aux, extras, seen = self._run(hidden, ctx, state, return_hidden_states is True)
         if return_hidden_states:
             seen = [ctx.unpack(item) for item in (*seen, hidden)]
         if last_only:

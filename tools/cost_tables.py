@@ -253,6 +253,10 @@ def _class(name: str) -> type:
         from memzoo.train.optim import OptimizerConfig
 
         return OptimizerConfig
+    if name == "language_model":
+        from memzoo.train.modules import LanguageModelModule
+
+        return LanguageModelModule
     if name == "data_text":
         from memzoo.train.data.text import TextDataModule
 
@@ -302,6 +306,8 @@ def _kind(annotation: Any) -> str:
         "Sequence[MQARSegment]": "list of segments",
         "LayerPlan": "entry or list",
         "DatasetSource": "data set",
+        "ModelConfig": "model config",
+        "OptimizerConfig": "mapping",
     }
     parts = []
     for part in text.split(" | "):

@@ -11,22 +11,26 @@ import torch.nn.functional as F
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
+from ..kernels import linear_cross_entropy
+from ..kernels.linear_cross_entropy import default_chunk_size
 from ..models.config import ModelConfig
 from ..models.decoder import MemoryLM
-from .data.batches import TokenBatch
+from .carried import CarriedStates
+from .data.batches import TokenBatch, refuse_processes
 from .data.mqar import IGNORE_INDEX, accuracy_per_example
 from .optim import OptimizerConfig, build_optimizer, lr_factor
 
 DEFAULT_OPTIMIZER = OptimizerConfig()
 
-# Dimensions: B rows, T tokens, V vocabulary
+# Dimensions: B rows, T tokens, C positions of a chunk, M model width, V vocabulary
 
 
 class LanguageModelModule(LightningModule):
     """A `MemoryLM` trained with cross-entropy on the labelled positions of each batch.
 
     Logs ``train_loss``, ``val_loss``, ``val_accuracy`` (mean over examples of the share of labelled positions
-    answered right) and the same for test.
+    answered right) and the same for test. Logits exist for some positions at a time only, see
+    `memzoo.kernels.linear_cross_entropy`.
 
     Args:
         config: the model.
@@ -34,6 +38,11 @@ class LanguageModelModule(LightningModule):
         mixer_init_scale: draw the linear maps of the mixers from N(0, (scale / sqrt(inputs))^2) instead of
             each mixer's own law. Many mixers follow papers whose 0.02 suits a width of a thousand; a model of
             width 64 barely learns from there and wants 1.0.
+        recompute: run each block again in the backward pass instead of keeping what it computed: less memory,
+            about a third more work, the same numbers.
+        carry_state: begin each row of a batch with the memory that the same row of the batch before has ended
+            with, without gradient, unless the batch says that the row begins anew. Needs contiguous data and
+            one process. Every validation begins with empty memories.
     """
 
     def __init__(
@@ -41,6 +50,8 @@ class LanguageModelModule(LightningModule):
         config: ModelConfig,
         optimizer: OptimizerConfig = DEFAULT_OPTIMIZER,
         mixer_init_scale: float | None = None,
+        recompute: bool = False,
+        carry_state: bool = False,
     ) -> None:
         super().__init__()
         if mixer_init_scale is not None and mixer_init_scale <= 0:
@@ -50,24 +61,55 @@ class LanguageModelModule(LightningModule):
         self.config = config
         self.optimizer_config = optimizer
         self.model = MemoryLM(config)
+        self.model.gradient_checkpointing = recompute
+        self.carried = CarriedStates() if carry_state else None
         if mixer_init_scale is not None:
             init_mixers(self.model, mixer_init_scale)
 
-    def forward(self, batch: TokenBatch) -> tuple[Tensor, Tensor]:
-        """Logits (n, V) and targets (n,) of the labelled positions, in reading order."""
+    def setup(self, stage: str) -> None:
+        """Refuses several processes where states are carried.
+
+        Raises:
+            ValueError: ``carry_state`` in more than one process.
+        """
+        if self.carried is not None:
+            refuse_processes(self.trainer, "batches that go on, as carry_state needs them,")
+
+    def forward(self, batch: TokenBatch, split: str = "train") -> Tensor:
+        """What the head reads, (B, T, M); carries the memory of ``split`` where that is asked for."""
+        state = None if self.carried is None else self.carried.before(split, batch, self.model)
         out = self.model(
-            batch.input_ids, cu_seqlens=batch.cu_seqlens, return_hidden_states=True, last_only=True
+            batch.input_ids,
+            state,
+            mask=batch.mask,
+            cu_seqlens=batch.cu_seqlens,
+            return_state=self.carried is not None,
+            return_hidden_states="last",
+            last_only=True,
         )
-        asked = batch.labels != IGNORE_INDEX  # (B, T)
-        # The head is the widest product of a small model, and MQAR asks at one position in sixteen.
-        return self.model.head(out.hidden_states[-1][asked]), batch.labels[asked]
+        if self.carried is not None:
+            self.carried.after(split, out.state)
+        hidden: Tensor = out.hidden_states[0]
+        return hidden
 
     def training_step(self, batch: TokenBatch, batch_idx: int) -> Tensor:
-        """The mean cross-entropy over the labelled positions, in float32."""
-        logits, targets = self(batch)
-        loss = F.cross_entropy(logits.float(), targets)
-        self.log("train_loss", loss, prog_bar=True, batch_size=batch.num_rows)
+        """The mean cross-entropy over the labelled positions, in float32; 0 where there is none."""
+        hidden = self(batch)
+        loss = linear_cross_entropy(
+            hidden.flatten(0, 1), self.model.head_weight, batch.labels.flatten(), ignore_index=IGNORE_INDEX
+        )
+        self.log("train_loss", loss, prog_bar=True, batch_size=int(batch.num_labels()))
         return loss
+
+    def on_validation_start(self) -> None:
+        """Every validation begins with empty memories."""
+        if self.carried is not None:
+            self.carried.drop("val")
+
+    def on_test_start(self) -> None:
+        """Every test begins with empty memories."""
+        if self.carried is not None:
+            self.carried.drop("test")
 
     def validation_step(self, batch: TokenBatch, batch_idx: int) -> None:
         """Logs ``val_loss`` and ``val_accuracy``."""
@@ -85,31 +127,45 @@ class LanguageModelModule(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds the settings as plain data."""
+        """Adds the settings, and the carried memory, as plain data."""
         # Plain data, so that checkpoints load with weights_only=True.
         checkpoint["memzoo"] = {"config": self.config.to_dict(), "optimizer": asdict(self.optimizer_config)}
+        if self.carried is not None:
+            checkpoint["memzoo"]["carried"] = self.carried.to_plain()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuses the checkpoint of another model.
+        """Takes the carried memory over, and refuses the checkpoint of another model.
 
         Raises:
             ValueError: the message names the first difference.
         """
-        saved = checkpoint.get("memzoo", {}).get("config")
+        own = checkpoint.get("memzoo", {})
+        saved = own.get("config")
         if saved is not None and saved != self.config.to_dict():
             raise ValueError(
                 f"the checkpoint holds another model ({_first_difference(saved, self.config.to_dict())}). "
                 "Resume with the configuration that lies beside the checkpoint."
             )
+        if self.carried is not None:
+            self.carried.load_plain(own.get("carried", {}))
 
+    @torch.no_grad()
     def _evaluate(self, batch: TokenBatch, split: str) -> None:
-        logits, targets = self(batch)
+        hidden = self(batch, split)
+        asked = batch.labels != IGNORE_INDEX  # (B, T)
+        targets = batch.labels[asked]  # (n,)
         if not len(targets):
             return
+        total, answers = hidden.new_zeros((), dtype=torch.float32), []
+        size = default_chunk_size(self.config.vocab_size)
+        for part, wanted in zip(hidden[asked].split(size), targets.split(size), strict=True):
+            logits = self.model.head(part).float()  # (C, V)
+            total += F.cross_entropy(logits, wanted, reduction="sum")
+            answers.append(logits.argmax(-1))
         predictions = torch.full_like(batch.labels, IGNORE_INDEX)
-        predictions[batch.labels != IGNORE_INDEX] = logits.argmax(-1)
+        predictions[asked] = torch.cat(answers)
         accuracy = accuracy_per_example(predictions, batch.labels)  # (B',)
-        loss = F.cross_entropy(logits.float(), targets)
+        loss = total / len(targets)
         self.log(f"{split}_loss", loss, prog_bar=True, batch_size=len(targets), sync_dist=True)
         self.log(
             f"{split}_accuracy", accuracy.mean(), prog_bar=True, batch_size=len(accuracy), sync_dist=True

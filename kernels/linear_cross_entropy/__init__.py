@@ -8,7 +8,7 @@ from ..checks import check_dtypes, check_rank
 from .chunked import default_chunk_size, linear_cross_entropy_torch, linear_divergence_torch
 from .reference import linear_cross_entropy_reference, linear_divergence_reference
 
-__all__ = ["linear_cross_entropy", "linear_divergence"]
+__all__ = ["default_chunk_size", "linear_cross_entropy", "linear_divergence"]
 
 # Dimensions: N positions, V vocabulary, M model width
 

@@ -31,7 +31,7 @@ _Sums = tuple[Tensor, Tensor, Tensor]
 
 
 def default_chunk_size(vocab_size: int) -> int:
-    """Positions per chunk."""
+    """Positions whose logits are worth holding at once."""
     return max(16, CHUNK_NUMBERS // max(vocab_size, 1))
 
 

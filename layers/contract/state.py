@@ -140,8 +140,7 @@ class State:
 
         Returns:
             A state of this batch size, in the dtypes of this one. Where one of the two has more slots, the
-            other's are followed by unused ones. `empty` itself where all rows begin anew, this state where
-            none does.
+            other's are followed by unused ones. This state itself where no row begins anew.
 
         Raises:
             ValueError: another number of rows, or a state with other fields.
@@ -153,7 +152,7 @@ class State:
                 f"this state has {size} rows; restart needs a boolean for each and an empty state as large, "
                 f"got {rows.dtype} {tuple(rows.shape)} and {empty.batch_size} rows. Use init_state({size})."
             )
-        return _restart(self, empty, rows.cpu())
+        return _restart(self, empty, rows.cpu()) if rows.any() else self
 
     def num_bytes(self) -> int:
         """Bytes of all tensors, counters included."""
@@ -274,8 +273,6 @@ def _restart(old: StateT, new: StateT, rows: Tensor) -> StateT:
             f"a {type(old).__name__} cannot begin anew as a {type(new).__name__}. "
             "Give the empty state of the same mixer."
         )
-    if rows.all() or not rows.any():
-        return new if rows.any() else old
     values: dict[str, Any] = {}
     for field in dataclasses.fields(old):
         left, right = getattr(old, field.name), getattr(new, field.name)

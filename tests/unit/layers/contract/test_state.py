@@ -158,7 +158,7 @@ def test_rows_begin_anew_and_others_keep_their_bits():
     assert begun.stored.tolist() == [0, -1, 4]
     assert begun.value.tolist() == [[0, 1], [-1, -1], [4, 5]]
     assert state.restart(torch.zeros(3, dtype=torch.bool), empty) is state
-    assert state.restart(torch.ones(3, dtype=torch.bool), empty) is empty
+    assert state.restart(torch.ones(3, dtype=torch.bool), empty).value.tolist() == [[-1, -1]] * 3
 
 
 def test_restart_pads_slots_and_keeps_dtypes_and_gradients():
