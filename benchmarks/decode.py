@@ -26,7 +26,7 @@ from torch import Tensor
 from memzoo.models.checkpoints.fetch import MEMBER, cache_folder
 from memzoo.models.checkpoints.folder import load_model
 from memzoo.models.config import ModelConfig
-from memzoo.models.conversion import convert_mixers
+from memzoo.models.conversion import ConversionPlan, convert_mixers
 from memzoo.models.decoder import MemoryLM, ModelState
 
 NAME = "decode"
@@ -142,12 +142,13 @@ def real_models(device: torch.device) -> dict[str, MemoryLM]:
     window = {"type": "sliding_window", "window_size": 64, "num_sinks": 4}
     lolcats = {"type": "lolcats", "window_size": 64, "num_sinks": 4}
     three_of_four = [index for index in range(source.config.depth) if index % 4 != 3]
-    return {
-        "SmolLM2 attention": source,
-        "SmolLM2 window + sinks": convert_mixers(source, window)[0],
-        "SmolLM2 lolcats": convert_mixers(source, lolcats)[0],
-        "SmolLM2 lolcats, every fourth attention": convert_mixers(source, lolcats, three_of_four)[0],
+    plans = {
+        "SmolLM2 window + sinks": ConversionPlan(target=window),
+        "SmolLM2 lolcats": ConversionPlan(target=lolcats),
+        "SmolLM2 lolcats, every fourth attention": ConversionPlan(target=lolcats, layers=three_of_four),
     }
+    made = {name: convert_mixers(source, plan)[0] for name, plan in plans.items()}
+    return {"SmolLM2 attention": source, **made}
 
 
 @contextmanager

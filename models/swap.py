@@ -9,7 +9,6 @@ Works for the Llama-style families that `memzoo.models.checkpoints` reads (Llama
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -19,8 +18,8 @@ from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from ..layers import MixerConfig, State, TokenMixer, build_mixer, mixer_config
-from ..layers.registry import mixer_entry
 from .checkpoints.families import config_from_hf
+from .conversion import complete_entry, weight_map
 
 # Dimensions: B batch rows, T tokens of the call, P tokens of the past, M model width
 
@@ -46,11 +45,8 @@ def swap(model: PreTrainedModel, mixers: Mapping[int, Mapping[str, Any] | MixerC
         if not isinstance(index, int) or not 0 <= index < len(layers):
             raise ValueError(f"layer {index!r} does not exist. Give numbers from 0 to {len(layers) - 1}.")
         if not isinstance(entry, MixerConfig):
-            known = {item.name for item in dataclasses.fields(mixer_entry(str(entry.get("type"))).config)}
-            inherited = {
-                name: value for name, value in source.mixers[index].to_dict().items() if name in known
-            }
-            entry = mixer_config({**inherited, **entry})
+            old = source.mixers[index].to_dict()
+            entry = mixer_config({"d_model": source.d_model, **complete_entry(entry, old)})
         mixer = build_mixer(entry)
         if mixer.owns_norm or mixer.needs:
             raise ValueError(
@@ -65,10 +61,10 @@ def swap(model: PreTrainedModel, mixers: Mapping[int, Mapping[str, Any] | MixerC
         built[index] = mixer
     for index, mixer in built.items():
         attention = cast(nn.Module, layers[index].self_attn)
-        weights = attention.state_dict()
-        own = mixer.state_dict()
+        weights, own = attention.state_dict(), mixer.state_dict()
         taken = {
-            name: value for name, value in weights.items() if name in own and own[name].shape == value.shape
+            name: origin.read(weights)
+            for name, origin in weight_map(source.mixers[index], mixer.config).items()
         }
         mixer.load_state_dict({**own, **taken})
         first = next(attention.parameters())

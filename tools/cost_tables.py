@@ -245,10 +245,10 @@ def _class(name: str) -> type:
         from memzoo.models.config import ModelConfig
 
         return ModelConfig
-    if name == "recipe":
-        from memzoo.train.recipe import ConversionRecipe
+    if name in ("recipe", "stage"):
+        from memzoo.train.conversion.recipe import ConversionRecipe, Stage
 
-        return ConversionRecipe
+        return ConversionRecipe if name == "recipe" else Stage
     if name == "optimizer":
         from memzoo.train.optim import OptimizerConfig
 
@@ -308,7 +308,11 @@ def _kind(annotation: Any) -> str:
         "DatasetSource": "data set",
         "ModelConfig": "model config",
         "OptimizerConfig": "mapping",
+        "LayerSelection": "selection",
+        "Sequence[Stage | Mapping[str, Any]]": "list of stages",
     }
+    if text in plain:
+        return plain[text]
     parts = []
     for part in text.split(" | "):
         if part.startswith("Mapping"):

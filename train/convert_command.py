@@ -4,8 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .command_parts import check_output, model_place
+
+if TYPE_CHECKING:
+    from .conversion.workshop import Conversion
+
+RESULTS = ("hybrid", "control", "unaligned", "report.json")
 
 
 def convert(
@@ -13,58 +19,72 @@ def convert(
     output: str,
     recipe: str = "lolcats",
     control: bool = True,
+    ablations: bool = False,
     books: Sequence[str] = ("moby_dick", "emma"),
     num_windows: int = 8,
     seed: int | None = None,
-    align_steps: int | None = None,
-    tune_steps: int | None = None,
+    steps: dict[str, int] | None = None,
     accelerator: str = "auto",
+    teacher_cache: str | None = None,
+    save_seconds: float = 60.0,
     overwrite: bool = False,
 ) -> str:
     """Convert a pretrained model into a memory hybrid, tune it, and measure it beside its controls.
+
+    A conversion that was cut short goes on when the same command is given again.
 
     Args:
         source: folder of a Llama-style model, a .gguf file, or "smollm2-135m" (fetched once into the cache).
         output: folder for the results: `hybrid/` (and `control/`) as Hugging Face folders, `report.json`.
         recipe: name of a shipped recipe (configs/convert) or a YAML file.
         control: also train the control, a window with the same sinks, budget, tokens and seed but no memory.
+        ablations: also measure the hybrid after each stage, and train it without its alignment.
         books: bundled texts for the comparison; an empty list leaves it out.
         num_windows: windows of 1,024 tokens of each book.
         seed: replaces the seed of the recipe.
-        align_steps: replaces the number of alignment steps of the recipe.
-        tune_steps: replaces the number of tune steps of the recipe.
+        steps: replaces the steps of stages, for example {align: 10, tune: 60}.
         accelerator: where to train, as Lightning names it.
-        overwrite: replace the results of an earlier conversion in the output folder.
+        teacher_cache: folder that keeps what the teacher read, for other conversions of the same model.
+        save_seconds: time between two checkpoints inside a stage.
+        overwrite: replace the results of an earlier conversion in the output folder, or start it anew.
     """
     from ..models.checkpoints.folder import load_model, read_model_config
     from ..models.hf import save_model
-    from ..records import refuse_content, results_folder, write_record
-    from .comparison import comparison_results, comparison_table
-    from .convert import (
+    from ..records import refuse_content, results_folder, write_record, write_text_atomically
+    from .conversion.card import model_card
+    from .conversion.comparison import comparison_results, comparison_table
+    from .conversion.recipe import check_recipe, read_recipe, recipe_dict
+    from .conversion.run import (
         FIRST_TOKEN,
         WINDOW_SIZE,
-        Conversion,
+        Comparison,
         book_tokens,
         check_accelerator,
         convert_and_compare,
         training_results,
     )
+    from .conversion.stage import StageSettings
     from .data.tokenizers import load_tokenizer
     from .evaluate import window_starts
-    from .recipe import check_recipe, read_recipe, recipe_dict
 
-    chosen = read_recipe(recipe, seed=seed, align_steps=align_steps, tune_steps=tune_steps)
+    chosen = read_recipe(recipe, seed=seed, steps=steps)
     check_accelerator(accelerator)
+    if save_seconds < 0:
+        raise ValueError(f"save_seconds must be at least 0, got {save_seconds}.")
     place = model_place(source)
     # all that can be wrong is found before the weights are read
-    check_recipe(chosen, read_model_config(place))
+    check_recipe(chosen, read_model_config(place), with_control=control)
     folder = Path(output)
-    if not overwrite:
-        refuse_content(folder, ("hybrid", "control", "report.json"))
+    if overwrite:
+        _start_anew(folder)
+    elif not (folder / "work").is_dir():
+        refuse_content(folder, RESULTS)
     results_folder(folder)
     for name in ("hybrid", "control") if control else ("hybrid",):
         results_folder(folder / name)
     check_output(str(folder / "report.json"))
+    if teacher_cache is not None:
+        results_folder(teacher_cache)
     tokenizer = load_tokenizer(place)
     tokens = {book: book_tokens(tokenizer, book) for book in ([books] if isinstance(books, str) else books)}
     for ids in tokens.values():
@@ -73,23 +93,44 @@ def convert(
     def save(name: str, conversion: Conversion) -> None:
         if name == "hybrid":
             _drop_results(folder)
-        save_model(conversion.model, folder / name, tokenizer)
+        if name in ("hybrid", "control"):
+            save_model(conversion.model, folder / name, tokenizer)
 
-    rows, hybrid, tuned_control = convert_and_compare(
+    rows, conversions = convert_and_compare(
         load_model(place).eval(),
         place,
         chosen,
+        folder,
         tokens=tokens,
-        num_windows=num_windows,
-        with_control=control,
-        accelerator=accelerator,
+        comparison=Comparison(control=control, ablations=ablations, num_windows=num_windows),
+        settings=StageSettings(accelerator=accelerator, save_seconds=save_seconds),
+        cache=None if teacher_cache is None else Path(teacher_cache),
         # saved as soon as it is trained, so that a later failure loses nothing
         on_trained=save,
     )
-    results = comparison_results(rows) | training_results(hybrid, tuned_control)
-    results["report"] = hybrid.report.to_dict()
+    results = comparison_results(rows) | training_results(conversions)
+    results["report"] = conversions["hybrid"].report.to_dict()
+    for name in ("hybrid", "control"):
+        if name in conversions:
+            card = model_card(source, chosen, rows, conversions[name], is_control=name == "control")
+            write_text_atomically(folder / name / "README.md", card)
     write_record(folder / "report.json", name="convert", config=recipe_dict(chosen), results=results)
+    _remove_work(folder)
     return f"{comparison_table(rows)}\n\nmodel written to {folder / 'hybrid'}"
+
+
+def _start_anew(folder: Path) -> None:
+    """Removes the beginning of a conversion; results stay until there are new ones."""
+    from .conversion.workshop import MANIFEST
+
+    _remove_work(folder)
+    (folder / MANIFEST).unlink(missing_ok=True)
+
+
+def _remove_work(folder: Path) -> None:
+    import shutil
+
+    shutil.rmtree(folder / "work", ignore_errors=True)
 
 
 def _drop_results(folder: Path) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import html
 import logging
+import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -23,14 +24,22 @@ import torch
 from torch import Tensor
 
 from ..models.checkpoints.fetch import fetch_smollm2
-from ..models.checkpoints.folder import load_model
+from ..models.checkpoints.folder import load_model, read_model_config
 from ..models.decoder import MemoryLM
 from ..models.hf import save_model
 from ..records import results_folder, write_record, write_text_atomically
-from .comparison import LENGTHS, Row, comparison_results, comparison_table, readable_bytes, state_bytes
-from .convert import Conversion, book_tokens, convert_and_compare, training_results
+from .conversion.comparison import (
+    LENGTHS,
+    Row,
+    comparison_results,
+    comparison_table,
+    readable_bytes,
+    state_bytes,
+)
+from .conversion.recipe import check_recipe, read_recipe, recipe_dict
+from .conversion.run import Comparison, book_tokens, convert_and_compare, training_results
+from .conversion.workshop import Conversion
 from .data.tokenizers import load_tokenizer
-from .recipe import read_recipe, recipe_dict
 
 logger = logging.getLogger(__name__)
 
@@ -50,8 +59,13 @@ def run_demo(output: str = "demo_output", recipe: str = "demo", num_windows: int
     """
     clock = time.monotonic()
     folder = results_folder(output)
+    shutil.rmtree(
+        folder / "work", ignore_errors=True
+    )  # of a demonstration that was cut short: this one is timed
     seconds: dict[str, float] = {}
+    chosen = read_recipe(recipe)
     checkpoint = str(fetch_smollm2())
+    check_recipe(chosen, read_model_config(checkpoint))
     teacher = load_model(checkpoint).eval()
     tokenizer = load_tokenizer(checkpoint)
     tokens = {book: book_tokens(tokenizer, book) for book in BOOKS}
@@ -63,12 +77,16 @@ def run_demo(output: str = "demo_output", recipe: str = "demo", num_windows: int
             f"{parity['same_top']:.2%}"
         )
 
-    chosen = read_recipe(recipe)
     with _phase("2/4 conversion of all layers, short tune, and the control with the same budget", seconds):
-        rows, hybrid, control = convert_and_compare(
-            teacher, checkpoint, chosen, tokens=tokens, num_windows=num_windows
+        rows, conversions = convert_and_compare(
+            teacher,
+            checkpoint,
+            chosen,
+            folder,
+            tokens=tokens,
+            comparison=Comparison(num_windows=num_windows),
         )
-        assert control is not None
+        hybrid, control = conversions["hybrid"], conversions["control"]
         save_model(hybrid.model.to(torch.bfloat16), folder / "hybrid", tokenizer=tokenizer)
 
     with _phase("3/4 speed of decoding", seconds):
@@ -86,7 +104,7 @@ def run_demo(output: str = "demo_output", recipe: str = "demo", num_windows: int
     write_text_atomically(
         folder / "index.html", _page(table, parity, speed, prompt, continuation, hybrid, control)
     )
-    results = comparison_results(rows) | training_results(hybrid, control)
+    results = comparison_results(rows) | training_results(conversions)
     results |= {
         "parity": parity,
         "surgery": hybrid.report.to_dict(),
@@ -95,6 +113,7 @@ def run_demo(output: str = "demo_output", recipe: str = "demo", num_windows: int
         "phase_seconds": seconds,
         "total_seconds": time.monotonic() - clock,
     }
+    shutil.rmtree(folder / "work", ignore_errors=True)
     write_record(folder / "record.json", name="demo", config=recipe_dict(chosen), results=results)
     return f"{table}\n\nwritten to {folder}/: index.html, record.json, hybrid/"
 

@@ -1,23 +1,36 @@
-"""Conversion of pretrained models: surgery on mixers and the report that says what it did."""
+"""Conversion of pretrained models: the plan, the surgery on mixers, and the report of what it did."""
 
-from .surgery import (
-    Check,
-    ParityReport,
-    check_parity,
-    convert_mixers,
+from .plan import (
+    ConversionPlan,
+    LayerSelection,
+    complete_entry,
     converted_config,
-    layer_errors,
-    memory_off,
-    relative_error,
+    exact_reach,
+    select_layers,
+    window_of,
 )
+from .surgery import Check, ParityReport, check_parity, convert_mixers, layer_errors, relative_error
+from .switches import memory_off, other_mixers
+from .weight_maps import WeightSource, expand_gqa, register_weight_map, weight_map
 
 __all__ = [
     "Check",
+    "ConversionPlan",
+    "LayerSelection",
     "ParityReport",
+    "WeightSource",
     "check_parity",
+    "complete_entry",
     "convert_mixers",
     "converted_config",
+    "exact_reach",
+    "expand_gqa",
     "layer_errors",
     "memory_off",
+    "other_mixers",
+    "register_weight_map",
     "relative_error",
+    "select_layers",
+    "weight_map",
+    "window_of",
 ]

@@ -1,25 +1,26 @@
 """Surgery: a model whose attention is replaced by other mixers, everything else copied to the bit.
 
-A parameter of the new mixer that has the name and shape of one in the old mixer takes its weights
-(projections, biases, head norms); all others are new and keep their initialisation. What happened, and
-whether the copy behaves, is in the report.
+What a new mixer takes from the old one is in `weight_maps`; all else in it is new and keeps its
+initialisation. What happened, and whether the copy behaves, is in the report.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...layers.registry import mixer_entry
-from ..config import ModelConfig
 from ..decoder import MemoryLM
+from .plan import ConversionPlan, converted_config, exact_reach
+from .weight_maps import weight_map
+
+_REPLACED = re.compile(r"layers\.(?P<layer>\d+)\.mixer\..*")
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class ParityReport:
         num_copied: parameters (numbers) taken over from the source.
         new_parameters: name -> shape of every parameter that the source does not have.
         dropped: names of source parameters that the new mixers do not have.
+        expanded: names of parameters whose key/value heads were repeated (grouped queries).
         layer_errors: relative squared error of each replaced mixer's output, teacher-forced, before any
             training.
         checks: parity checks with their bounds.
@@ -53,6 +55,7 @@ class ParityReport:
     num_copied: int
     new_parameters: dict[str, tuple[int, ...]]
     dropped: list[str]
+    expanded: list[str] = field(default_factory=list)
     layer_errors: dict[int, float] = field(default_factory=dict)
     checks: list[Check] = field(default_factory=list)
 
@@ -77,59 +80,24 @@ class ParityReport:
             raise ValueError(f"the converted model does not agree with its source: {listed}.")
 
 
-def converted_config(
-    source: ModelConfig, target: Mapping[str, Any], layers: Sequence[int] | None = None
-) -> ModelConfig:
-    """The config of the model that `convert_mixers` makes of a model with the config `source`.
-
-    Raises:
-        ValueError: as `convert_mixers`.
-    """
-    chosen = list(range(source.depth))
-    if layers is not None:
-        valid = isinstance(layers, Sequence) and all(
-            isinstance(index, int) and 0 <= index < source.depth for index in layers
-        )
-        if not valid or len(set(layers)) != len(layers):
-            raise ValueError(
-                f"layers to convert must be distinct numbers from 0 to {source.depth - 1}, got {layers!r}. "
-                "Leave layers out to convert all."
-            )
-        chosen = list(layers)
-    known = {item.name for item in dataclasses.fields(mixer_entry(str(target.get("type"))).config)}
-    entries = {}
-    for index in chosen:
-        old = source.mixers[index].to_dict()
-        inherited = {
-            name: value for name, value in old.items() if name in known and name not in ("type", "d_model")
-        }
-        entries[index] = {**inherited, **copy.deepcopy(dict(target))}
-    return source.replace_mixers(entries)
-
-
-def convert_mixers(
-    source: MemoryLM, target: Mapping[str, Any], layers: Sequence[int] | None = None
-) -> tuple[MemoryLM, ParityReport]:
+def convert_mixers(source: MemoryLM, plan: ConversionPlan) -> tuple[MemoryLM, ParityReport]:
     """Replaces the mixers of some blocks and copies every weight that both models have.
 
     Args:
         source: the pretrained model; it is not changed.
-        target: the new mixer, `{type: ..., ...}`; heads, rotary positions and biases are taken over from the
-            mixer it replaces unless given.
-        layers: blocks to convert (default: all). An empty list gives an equal model.
+        plan: what to convert to. With no blocks to convert the new model equals the source.
 
     Returns:
         the new model, same dtype and device as the source, and the report (without behavioural checks, see
         `check_parity`).
 
     Raises:
-        ValueError: a block number outside the model or given twice, or an entry that is no valid mixer.
+        ValueError: a block number outside the model or given twice, or a target that is no valid mixer.
     """
-    config = converted_config(source.config, target, layers)
-    chosen = list(range(config.depth)) if layers is None else sorted(layers)
+    config = converted_config(source.config, plan)
     device, dtype = source.embed_tokens.weight.device, source.embed_tokens.weight.dtype
     student = MemoryLM(config).to(device=device, dtype=dtype)
-    report = _copy_weights(source, student, chosen)
+    report = _copy_weights(source, student, plan.converted_layers(config.depth))
     return student.train(source.training), report
 
 
@@ -139,10 +107,11 @@ def check_parity(source: MemoryLM, student: MemoryLM, report: ParityReport, toke
     Args:
         tokens: (B, T) ids, T beyond the windows of the new mixers.
 
-    Checks: weights outside the replaced mixers are bit-identical; outputs are finite; on the first
-    `window_size` tokens a windowed model equals its source (logits within 1e-4 in float32; a model in half
-    precision is compared mixer by mixer, in float32 on the source's hidden states, within 1e-4 of the largest
-    output, because its logits differ by rounding alone); with no layer converted all logits are equal.
+    Checks: weights outside the replaced mixers are bit-identical; outputs are finite; on the first tokens, as
+    far as the new mixers promise (`exact_reach`), the model equals its source (logits within 1e-4 in float32;
+    a model in half precision is compared mixer by mixer, in float32 on the source's hidden states, within
+    1e-4 of the largest output, because its logits differ by rounding alone); with no layer converted all
+    logits are equal.
     """
     replaced = tuple(f"layers.{index}.mixer." for index in report.layers)
     source_weights = source.state_dict()
@@ -155,11 +124,8 @@ def check_parity(source: MemoryLM, student: MemoryLM, report: ParityReport, toke
     with torch.no_grad():
         expected, got = source(tokens).logits, student(tokens).logits
         checks.append(Check("logits that are not finite", float((~torch.isfinite(got)).sum()), 0.0))
-        windows = [
-            int(mixer.window_size)
-            for mixer in (student.config.mixers[index] for index in report.layers)
-            if hasattr(mixer, "window_size")
-        ]
+        reaches = [exact_reach(student.config.mixers[index]) for index in report.layers]
+        reach = min([tokens.shape[1], *(size for size in reaches if size is not None)])
         if not report.layers:
             checks.append(
                 Check(
@@ -168,8 +134,7 @@ def check_parity(source: MemoryLM, student: MemoryLM, report: ParityReport, toke
                     0.0,
                 )
             )
-        elif len(windows) == len(report.layers):
-            reach = min(min(windows), tokens.shape[1])
+        elif reach:
             first = tokens[:, :reach]
             if got.dtype in (torch.float32, torch.float64):
                 what = "largest difference of the logits"
@@ -223,39 +188,28 @@ def relative_error(actual: Tensor, expected: Tensor) -> Tensor:
 
 def _copy_weights(source: MemoryLM, student: MemoryLM, layers: Sequence[int]) -> ParityReport:
     old, new = source.state_dict(), student.state_dict()
-    replaced = tuple(f"layers.{index}.mixer." for index in layers)
-    taken = {
-        name: old[name] for name, tensor in new.items() if name in old and old[name].shape == tensor.shape
-    }
+    taken: dict[str, Tensor] = {}
+    expanded: list[str] = []
+    used: set[str] = set()
+    for name in new:
+        part = _REPLACED.fullmatch(name)
+        if part is None or int(part["layer"]) not in layers:
+            taken[name] = old[name]
+            used.add(name)
+    for index in layers:
+        prefix = f"layers.{index}.mixer."
+        weights = {name.removeprefix(prefix): old[name] for name in old if name.startswith(prefix)}
+        for name, origin in weight_map(source.config.mixers[index], student.config.mixers[index]).items():
+            taken[prefix + name] = origin.read(weights)
+            used.add(prefix + origin.name)
+            if origin.groups > 1:
+                expanded.append(prefix + name)
     fresh = {name: tuple(tensor.shape) for name, tensor in new.items() if name not in taken}
-    outside = [name for name in fresh if not name.startswith(replaced)]
-    assert not outside, f"parameters outside the replaced mixers are not in the source: {outside}"
     student.load_state_dict({**new, **taken})
     return ParityReport(
         layers=list(layers),
         num_copied=sum(tensor.numel() for tensor in taken.values()),
         new_parameters=fresh,
-        dropped=sorted(set(old) - set(taken)),
+        dropped=sorted(set(old) - used),
+        expanded=expanded,
     )
-
-
-@contextmanager
-def memory_off(model: MemoryLM) -> Iterator[None]:
-    """Leaves the memory branch out of every mixer that has one; windows and sinks go on.
-
-    Raises:
-        ValueError: no mixer of the model has a memory that can be switched off.
-    """
-    switched = [block.mixer for block in model.blocks if getattr(block.mixer, "memory_enabled", False)]
-    if not switched:
-        raise ValueError(
-            "no mixer of this model has a memory branch that can be switched off. "
-            "Use mixers that have one, such as lolcats."
-        )
-    for mixer in switched:
-        mixer.memory_enabled = False  # type: ignore[assignment]  # a switch of the mixers that have it
-    try:
-        yield
-    finally:
-        for mixer in switched:
-            mixer.memory_enabled = True  # type: ignore[assignment]

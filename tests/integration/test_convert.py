@@ -7,12 +7,14 @@ import io
 import json
 import math
 import shutil
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 from transformers import AutoModelForCausalLM
 
 import memzoo
@@ -20,21 +22,53 @@ import memzoo.models.hf
 from memzoo.cli import main
 from memzoo.models.checkpoints import folder as folder_reader
 from memzoo.models.config import ModelConfig
-from memzoo.models.conversion import convert_mixers, memory_off
+from memzoo.models.conversion import ConversionPlan, convert_mixers, memory_off
 from memzoo.models.decoder import MemoryLM
 from memzoo.models.hf import save_model
-from memzoo.train.convert import run_control, run_recipe
+from memzoo.train.conversion.modules import AlignmentModule, DistillModule
+from memzoo.train.conversion.recipe import (
+    ConversionRecipe,
+    Stage,
+    check_recipe,
+    control_plan,
+    read_recipe,
+    with_steps,
+)
+from memzoo.train.conversion.run import Comparison, convert_and_compare
+from memzoo.train.conversion.stage import StageSettings
+from memzoo.train.conversion.workshop import Conversion
+from memzoo.train.data.texts import load_text
 from memzoo.train.data.tokenizers import load_tokenizer
-from memzoo.train.distillation import AlignmentModule, DistillModule, TeacherReadings
-from memzoo.train.recipe import ConversionRecipe, check_recipe, read_recipe, window_only
 
 RECIPE = """
 target: {type: lolcats, window_size: 16, num_sinks: 2, feature_dim: 4}
-seq_len: 48
-align_steps: 3
-tune_steps: 3
-lora_rank: 2
+stages:
+  - {name: align, loss: {mixer_out: 1.0}, train: new, steps: 3, lr: 0.01, seq_len: 48}
+  - {name: tune, loss: {kl: 1}, train: lora, steps: 3, lr: 0.001, seq_len: 48, lora_rank: 2, new_lr_scale: 10}
 """
+ALIGN = {"name": "align", "loss": {"mixer_out": 1.0}, "train": "new", "steps": 2, "lr": 0.01, "seq_len": 24}
+TUNE = {
+    "name": "tune",
+    "loss": {"kl": 1.0},
+    "train": "lora",
+    "steps": 3,
+    "lr": 0.001,
+    "seq_len": 24,
+    "lora_rank": 1,
+    "new_lr_scale": 10.0,
+}
+TARGET = {"type": "lolcats", "window_size": 8, "num_sinks": 1, "feature_dim": 4}
+QUIET = StageSettings(progress=False, accelerator="cpu")
+
+
+def convert(source: Path, folder: Path, recipe: ConversionRecipe, **options: object) -> dict[str, Conversion]:
+    """Trains on a few sentences, without measuring on books."""
+    text = source / "text.txt"
+    text.write_text(load_text("state_of_the_union")[0].text[:4000], encoding="utf-8")
+    recipe = replace(recipe, texts=(), files=(str(text),))
+    return convert_and_compare(
+        memzoo.load(source), str(source), recipe, folder, tokens={}, settings=QUIET, **options
+    )[1]
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +97,8 @@ def converted(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     recipe.write_text(RECIPE, encoding="utf-8")
     arguments = ["--source", str(source), "--output", str(output), "--recipe", str(recipe)]
     with contextlib.redirect_stdout(io.StringIO()) as shown:
-        assert main(["convert", *arguments, "--num_windows", "2", "--accelerator", "cpu"]) == 0
+        arguments += ["--num_windows", "2", "--accelerator", "cpu", "--ablations", "true"]
+        assert main(["convert", *arguments]) == 0
     assert shown.getvalue().splitlines()[-1] == f"model written to {output / 'hybrid'}"
     return output
 
@@ -71,19 +106,37 @@ def converted(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_writes_both_models_and_a_report(converted: Path) -> None:
     record = json.loads((converted / "report.json").read_text(encoding="utf-8"))
     rows = record["results"]["rows"]
-    assert len(rows) == 7
+    assert len(rows) == 9
     for row in rows.values():
         for book in ("moby_dick", "emma"):
             assert math.isfinite(row["books"][book]["loss"])
             assert row["books"][book]["num_windows"] == 2
     differences = record["results"]["differences"]
-    assert set(differences) == {"control - hybrid", "branch off - hybrid"}
+    assert set(differences) == {"control - hybrid", "branch off - hybrid", "without alignment - hybrid"}
     for found in differences.values():
         assert found["all books"]["num_pairs"] == 4
     hybrid, control = rows["hybrid"], rows["control: window + sinks, same budget"]
     assert 0.7 < control["num_trained"] / hybrid["num_trained"] < 1.5  # a rank is a whole number
     assert all(check["passed"] for check in record["results"]["report"]["checks"])
-    assert record["config"]["align_steps"] == 3
+    assert [stage["steps"] for stage in record["config"]["stages"]] == [3, 3]
+    facts = record["results"]["runs"]["hybrid"]
+    assert [stage["name"] for stage in facts["stages"]] == ["align", "tune"]
+    assert set(facts["stages"][0]["last"]) == {"layer_0", "layer_1", "loss"}
+    assert set(facts["window_shares"]) == {"0", "1"}
+    assert all(0 < share < 1 for share in facts["window_shares"].values())
+    assert record["results"]["runs"]["unaligned"]["num_tokens"] == facts["num_tokens"] == 6 * 48
+    assert not (converted / "work").exists()  # nothing is left to go on with
+
+
+def test_the_card_says_what_the_model_is(converted: Path) -> None:
+    for name in ("hybrid", "control"):
+        card = (converted / name / "README.md").read_text(encoding="utf-8")
+        front = yaml.safe_load(card.split("---")[1])
+        assert front["library_name"] == "memzoo"
+        assert "lolcats" in front["tags"]
+        assert "control - hybrid, moby_dick" in card
+        assert "| tune | " in card
+        assert ("control" in card.split("## Training")[0]) is (name == "control")
 
 
 def test_results_are_replaced_only_when_asked_and_only_by_results(
@@ -109,12 +162,13 @@ def test_results_are_replaced_only_when_asked_and_only_by_results(
             on_trained("hybrid", SimpleNamespace(model=given[0]))
         raise ValueError("stopped")
 
-    monkeypatch.setattr("memzoo.train.convert.convert_and_compare", partial(stopped, saves=False))
+    where = "memzoo.train.conversion.run.convert_and_compare"
+    monkeypatch.setattr(where, partial(stopped, saves=False))
     assert main([*arguments, "--overwrite", "--control", "false"]) == 2
     assert sorted(path.name for path in output.iterdir()) == [
         "control", "hybrid", "recipe.yaml", "report.json"
     ]  # fmt: skip
-    monkeypatch.setattr("memzoo.train.convert.convert_and_compare", partial(stopped, saves=True))
+    monkeypatch.setattr(where, partial(stopped, saves=True))
     assert main([*arguments, "--overwrite", "--control", "false"]) == 2
     assert sorted(path.name for path in output.iterdir()) == ["hybrid", "recipe.yaml"]
     assert memzoo.load(output / "hybrid").config == memzoo.load(source).config
@@ -135,7 +189,7 @@ def test_load_takes_names_of_dtypes_and_refuses_what_is_not_there(
     monkeypatch.setattr("memzoo.models.checkpoints.fetch.fetch_smollm2", lambda: source)
     assert memzoo.load("smollm2-135m").config == memzoo.load(source).config
     with pytest.raises(TypeError, match="or a YAML file, got dict"):
-        memzoo.convert(source, "x", recipe={"align_steps": 3})
+        memzoo.convert(source, "x", recipe={"seed": 3})
 
 
 def test_the_folders_load_everywhere(converted: Path) -> None:
@@ -175,25 +229,52 @@ def test_memory_off_leaves_the_window(converted: Path) -> None:
         pass
 
 
+def stage(text: str, of: str = "{name: tune, loss: {kl: 1}, train: lora, steps: 3, lr: 0.1}") -> str:
+    """A recipe whose only stage has some fields replaced."""
+    values = {**yaml.safe_load(of), **yaml.safe_load(text)}
+    return f"stages: [{json.dumps(values)}]"
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("align_stepz: 3", "Did you mean 'align_steps'"),
+        ("stagez: []", "Did you mean 'stages'"),
         ("- 1", "must hold a mapping"),
         ("target: {window_size: 4}", "needs a type"),
-        ("seq_len: 0", "seq_len must be an integer of at least 1, got 0"),
-        ("seq_len: 1e3", "seq_len must be an integer of at least 1, got '1e3'"),
-        ("tune_steps: abc", "tune_steps must be an integer of at least 0, got 'abc'"),
-        ("align_steps: 2.5", "align_steps must be an integer"),
-        ("batch_size: true", "batch_size must be an integer"),
-        ("lora_rank: -1", "lora_rank must be an integer of at least 0"),
-        ("align_lr: -1", "align_lr must be a positive number"),
-        ("tune_lr: 1e-3", "tune_lr must be .* got '1e-3'. Write it as 0.001"),
-        ("new_lr_scale: .nan", "new_lr_scale must be a number of at least 0"),
-        ("{kl_weight: 0, ce_weight: 0}", "must not both be 0"),
-        ("files: mytext.txt", r"files must be a list .* Write files: \[NAME"),
+        ("target: lolcats", "must be a mapping"),
+        ("stages: 3", "stages must be a list"),
+        ("stages: [3]", "stage 0 must be a mapping"),
+        ("stages: [{name: a}]", "stage 0: .*missing"),
+        ("stages: [{name: a, lost: {}}]", "unknown key 'lost' in stage 0. Did you mean 'loss'"),
+        (stage("name: a b"), "needs a name of letters"),
+        (stage("loss: {kll: 1}"), "Did you mean 'kl'"),
+        (stage("loss: {kl: 1, mixer_out: 1}"), "cannot be mixed.*use two stages"),
+        (stage("{loss: {kl: 0, ce: 0}}"), "all weights of its losses are 0"),
+        (stage("loss: {}"), "loss must map losses to weights"),
+        (stage("loss: {kl: -1}"), "the weight of kl must be a number of at least 0"),
+        (stage("train: everything"), "train must be one of new, mixers, lora, all"),
+        (stage("loss: {mixer_out: 1}"), "an alignment trains parts of the new mixers"),
+        (stage("seq_len: 0"), "seq_len must be an integer of at least 1, got 0"),
+        (stage("seq_len: 1e3"), "seq_len must be an integer of at least 1, got '1e3'"),
+        (stage("steps: abc"), "steps must be an integer of at least 0, got 'abc'"),
+        (stage("steps: 2.5"), "steps must be an integer"),
+        (stage("batch_size: true"), "batch_size must be an integer"),
+        (stage("lora_rank: 0"), "lora_rank must be an integer of at least 1"),
+        (stage("lr: -1"), "lr must be a positive number"),
+        (stage("lr: 1e-3"), "lr must be .* got '1e-3'. Write it as 0.001"),
+        (stage("new_lr_scale: .nan").replace("NaN", ".nan"), "new_lr_scale must be a number of at least 0"),
+        (stage("window_dropout: 1.5"), "window_dropout must be a share"),
+        (stage("normalize: 3"), "normalize must be true or false"),
+        (stage("schedule: plateau"), "schedule must be cosine, linear or constant"),
+        ("files: mytext.txt", r"files must be a list .* Write \[NAME"),
         ("texts: [3]", "texts must be a list"),
         ("layers: []", "layers must name a block"),
+        ("layers: {method: unifrom}", "Did you mean 'uniform'"),
+        ("layers: {keep: 1.5}", "a share below 1, got 1.5"),
+        ("layers: {keeep: 1}", "Did you mean 'keep'"),
+        ("gqa: share", "gqa must be one of keep, expand"),
+        ("control: {window: 3}", "control must give window_size"),
+        ("seed: -1", "seed must be an integer"),
     ],
 )
 def test_refuses_a_bad_recipe(text: str, message: str, tmp_path: Path) -> None:
@@ -220,6 +301,8 @@ def test_a_mistake_is_told_before_any_work(
         ([*given, *fresh, "--num_windows", "0"], "num_windows >= 1"),
         ([*given, *fresh, "--num_windows", "100000"], "room for"),
         ([*given, *fresh, "--accelerator", "gppu"], "accelerator 'gppu' cannot be used"),
+        ([*given, *fresh, "--steps", "{alingn: 3}"], "Did you mean 'align'"),
+        ([*given, *fresh, "--save_seconds", "-1"], "save_seconds"),
     ):
         assert main(["convert", *arguments]) == 2
         assert message in capsys.readouterr().err
@@ -228,8 +311,6 @@ def test_a_mistake_is_told_before_any_work(
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("target: {type: linear_attention}", "has no window_size"),
-        ("target: {type: sliding_window}", "has no window_size"),
         ("target: {type: sliding_window, window_size: 8}", "no mixer of this model has a memory"),
         ("target: {type: lolcat}", "Did you mean 'lolcats'?"),
         ("target: {type: lolcats, window_sizes: 8}", "Did you mean 'window_size'?"),
@@ -238,13 +319,18 @@ def test_a_mistake_is_told_before_any_work(
         ("target: {type: lolcats, num_heads: 4}", "Leave num_heads out"),
         ("target: {type: lolcats, head_dim: 4}", "Leave head_dim out"),
         ("target: {type: lolcats, d_model: 32}", "d_model=32, the attention of layer 0 has 16"),
-        ("target: lolcats", "must be a mapping"),
         ("layers: [2]", "numbers from 0 to 1, got [2]"),
         ("layers: [0, 0]", "distinct numbers"),
         ("layers: all", "Leave layers out"),
-        ("lora_targets: [q_prjo]", "Did you mean 'q_proj'?"),
-        ("lora_targets: [v_proj, q_prjo]", "Did you mean 'q_proj'?"),
-        ("{seq_len: 18, target: {type: lolcats, window_size: 16, num_sinks: 2}}", "seq_len must be above"),
+        ("layers: {keep: 3}", "keep=3 of 2 blocks"),
+        ("layers: {method: mse, keep: 3}", "keep=3 of 2 blocks"),
+        ("layers: {keep: 2}", "converts no block"),
+        (stage("lora_targets: [q_prjo]"), "Did you mean 'q_proj'?"),
+        (stage("lora_targets: [v_proj, q_prjo]"), "Did you mean 'q_proj'?"),
+        (stage("lora_targets: [lm_head]"), "no linear layer 'lm_head' in its"),
+        (stage("seq_len: 64"), "seq_len must be above window_size + num_sinks = 68"),
+        (stage("{loss: {hidden: 1}, train: new}"), "no stage with the loss kl or ce"),
+        ("{layers: {method: mse}, " + stage("{}") + "}", "need an alignment stage"),
         ("texts: [state_of_union]", "state_of_the_union"),
         ("files: [nowhere.txt]", "nowhere.txt"),
     ],
@@ -271,7 +357,7 @@ def test_without_books_there_is_no_line_of_windows(
     def stopped(*args, **options):
         raise ValueError("stopped")
 
-    monkeypatch.setattr("memzoo.train.convert.run_recipe", stopped)
+    monkeypatch.setattr("memzoo.train.conversion.workshop.Workshop.train", stopped)
     places = ["--source", str(source), "--output", str(tmp_path / "x")]
     assert main(["convert", *places, "--books", "[]"]) == 2
     shown = capsys.readouterr().err
@@ -279,69 +365,143 @@ def test_without_books_there_is_no_line_of_windows(
     assert "window/s" not in shown
 
 
-def test_the_window_of_a_target_is_that_of_its_config(source: Path) -> None:
-    assert window_only({"type": "lolcats"}) == {"type": "sliding_window", "window_size": 64, "num_sinks": 0}
-    check_recipe(ConversionRecipe(target={"type": "lolcats"}), folder_reader.read_model_config(source))
+def test_the_control_has_the_window_of_the_target(source: Path) -> None:
+    config = folder_reader.read_model_config(source)
+    for target, window in (
+        ({"type": "lolcats"}, {"window_size": 64, "num_sinks": 0}),
+        ({"type": "linear_attention"}, {"window_size": 64, "num_sinks": 4}),
+        (
+            {"type": "parallel", "combine": "channel", "mixers": [
+                {"type": "sliding_window", "window_size": 8, "num_sinks": 2}, {"type": "linear_attention"},
+            ]},
+            {"window_size": 8, "num_sinks": 2},
+        ),
+    ):  # fmt: skip
+        recipe = ConversionRecipe(target=target)
+        check_recipe(recipe, config)
+        assert control_plan(recipe).target == {"type": "sliding_window", **window}
+    own = ConversionRecipe(target={"type": "linear_attention"}, control={"window_size": 5})
+    assert control_plan(own).target == {"type": "sliding_window", "window_size": 5}
 
 
 def test_shipped_recipes_are_valid() -> None:
     for name in ("demo", "lolcats"):
-        recipe = read_recipe(name, seed=3)
+        recipe = read_recipe(name, seed=3, steps={"align": 7})
         assert isinstance(recipe, ConversionRecipe)
         assert recipe.seed == 3
-        assert window_only(recipe.target)["num_sinks"] == recipe.target["num_sinks"]
+        assert recipe.all_stages[0].steps == 7
+        assert control_plan(recipe).target["num_sinks"] == recipe.target["num_sinks"]
 
 
 def test_hybrid_and_control_read_the_same_tokens_in_the_same_order(
-    source: Path, monkeypatch: pytest.MonkeyPatch
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read: list[torch.Tensor] = []
+    read: dict[str, list[torch.Tensor]] = {"hybrid": [], "control": []}
     for module in (AlignmentModule, DistillModule):
         step = module.training_step
 
         def recording(self, batch, batch_idx, step=step):
-            read.append(batch.input_ids.clone())
+            names = {mixer.type for mixer in self._network.config.mixers} if hasattr(self, "_network") else {}
+            read["control" if "sliding_window" in names else "hybrid"].append(batch.input_ids.clone())
             return step(self, batch, batch_idx)
 
         monkeypatch.setattr(module, "training_step", recording)
-    teacher = memzoo.load(str(source))
-    target = {"type": "lolcats", "window_size": 8, "num_sinks": 1, "feature_dim": 4}
-    recipe = ConversionRecipe(target=target, seq_len=24, align_steps=2, tune_steps=3, lora_rank=1)
-    options = {"progress": False, "accelerator": "cpu"}
-    hybrid = run_recipe(teacher, str(source), recipe, **options)
-    of_hybrid = list(read)
-    read.clear()
-    control = run_control(teacher, str(source), recipe, hybrid.num_trained, **options)
-    assert torch.equal(torch.cat(of_hybrid), torch.cat(read))
-    assert len({tuple(row.tolist()) for row in torch.cat(read)}) == 5  # nothing is read twice
-    readings = TeacherReadings()
-    run_recipe(teacher, str(source), recipe, **options, readings=readings)
-    again = run_control(teacher, str(source), recipe, hybrid.num_trained, **options, readings=readings)
-    for name, tensor in control.model.state_dict().items():
-        assert torch.equal(again.model.state_dict()[name], tensor), name
+    recipe = ConversionRecipe(target=TARGET, stages=[ALIGN, TUNE])
+    found = convert(source, tmp_path / "a", recipe)
+    assert torch.equal(torch.cat(read["hybrid"]), torch.cat(read["control"]))
+    assert len({tuple(row.tolist()) for row in torch.cat(read["control"])}) == 5  # nothing is read twice
+    again = convert(source, tmp_path / "b", recipe, cache=tmp_path / "cache")
+    assert list((tmp_path / "cache").iterdir())
+    third = convert(source, tmp_path / "c", recipe, cache=tmp_path / "cache")
+    for name in ("hybrid", "control"):
+        for weight, tensor in found[name].model.state_dict().items():
+            assert torch.equal(again[name].model.state_dict()[weight], tensor), weight
+            assert torch.equal(third[name].model.state_dict()[weight], tensor), weight
+
+
+def test_batches_of_another_size_are_read_by_both_too(source: Path, tmp_path: Path) -> None:
+    longer = {**TUNE, "name": "long", "loss": {"ce": 1.0}, "seq_len": 60, "batch_size": 2, "steps": 2}
+    found = convert(source, tmp_path, ConversionRecipe(target=TARGET, stages=[ALIGN, TUNE, longer]))
+    assert found["hybrid"].num_tokens == found["control"].num_tokens == 5 * 24 + 2 * 120
+    assert [facts.steps for facts in found["control"].stages] == [7]
 
 
 @pytest.mark.parametrize(("align", "tune", "scale"), [(1, 0, 1.0), (0, 1, 1.0), (0, 1, 0.0)])
 def test_only_numbers_that_were_trained_are_counted(
-    source: Path, align: int, tune: int, scale: float
+    source: Path, tmp_path: Path, align: int, tune: int, scale: float
 ) -> None:
-    teacher = memzoo.load(str(source))
     recipe = ConversionRecipe(
         target={"type": "lolcats", "window_size": 8, "feature_dim": 4},
-        seq_len=24,
-        align_steps=align,
-        tune_steps=tune,
-        new_lr_scale=scale,
-        lora_rank=1,
+        stages=[{**ALIGN, "steps": align}, {**TUNE, "steps": tune, "new_lr_scale": scale}],
     )
-    found = run_recipe(teacher, str(source), recipe, progress=False, accelerator="cpu")
-    untrained, _ = convert_mixers(teacher, recipe.target)
+    found = convert(source, tmp_path, recipe, comparison=Comparison(control=False))["hybrid"]
+    untrained, _ = convert_mixers(memzoo.load(source), ConversionPlan(target=recipe.target))
     new = sum(untrained.state_dict()[name].numel() for name in found.report.new_parameters)
     low_rank = 2 * 2 * (4 * 16 - 8)  # per layer: q and o map 16 to 16, k and v 16 to 8
-    expected = (new if align or scale else 0) + (low_rank if tune else 0)
+    expected = (new if align or (tune and scale) else 0) + (low_rank if tune else 0)
     assert found.num_trained == expected
+
+
+@pytest.mark.parametrize("train", ["mixers", "all"])
+def test_the_control_trains_as_much_as_the_hybrid(source: Path, tmp_path: Path, train: str) -> None:
+    target = {"type": "linear_attention"}
+    stages = [{**ALIGN, "train": "mixers", "loss": {"hidden": 1.0}}, {**TUNE, "train": train}]
+    found = convert(source, tmp_path, ConversionRecipe(target=target, stages=stages))
+    hybrid, control = found["hybrid"], found["control"]
+    assert control.num_trained == hybrid.num_trained
+    expected = sum(
+        tensor.numel()
+        for name, tensor in hybrid.model.named_parameters()
+        if train == "all" or ".mixer." in name
+    )
+    assert hybrid.num_trained == expected
+
+
+def test_every_alignment_loss_falls(source: Path, tmp_path: Path) -> None:
+    for loss in ("mixer_out", "attn_out", "hidden"):
+        for normalize in (True, False):
+            stages = [{**ALIGN, "loss": {loss: 1.0}, "normalize": normalize, "steps": 12, "lr": 0.03}]
+            recipe = ConversionRecipe(target={**TARGET, "window_size": 4}, stages=stages)
+            folder = tmp_path / f"{loss}-{normalize}"
+            found = convert(source, folder, recipe, comparison=Comparison(control=False))["hybrid"]
+            history = found.stages[0].history["loss"]
+            assert sum(history[-3:]) < sum(history[:3]), loss
+
+
+def test_window_dropout_shrinks_the_window_in_the_steps_it_draws(source: Path, tmp_path: Path) -> None:
+    reach: list[dict[str, int]] = []
+    recipe = ConversionRecipe(target=TARGET, stages=[{**TUNE, "window_dropout": 0.5, "steps": 8}])
+    original = MemoryLM.forward
+
+    def recording(self, *args, overrides=None, **options):
+        if self.training:
+            reach.append(dict(overrides or {}))
+        return original(self, *args, overrides=overrides, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MemoryLM, "forward", recording)
+        convert(source, tmp_path, recipe, comparison=Comparison(control=False))
+    assert len(reach) == 8
+    assert {tuple(step) for step in reach} == {(), ("window_size",)}
+
+
+@pytest.mark.parametrize("method", ["uniform", "even_odd", "mse", "loss"])
+def test_layers_are_chosen_and_the_control_has_the_same(source: Path, tmp_path: Path, method: str) -> None:
+    selection = {"method": method, "keep": 1}
+    found = convert(source, tmp_path, ConversionRecipe(target=TARGET, layers=selection, stages=[ALIGN, TUNE]))
+    (layer,) = found["hybrid"].report.layers
+    assert found["control"].report.layers == [layer]
+    types = [mixer.type for mixer in found["hybrid"].model.config.mixers]
+    assert types[layer] == "lolcats"
+    assert types[1 - layer] == "attention"
+    assert {"uniform": [1], "even_odd": [0]}.get(method, [layer]) == [layer]
 
 
 def test_the_bundled_text_is_read_only_where_nothing_else_is_named() -> None:
     assert ConversionRecipe().texts == ("state_of_the_union",)
     assert ConversionRecipe(files=["mine.txt"]).texts == ()
+
+
+def test_steps_of_stages_are_replaced_by_name() -> None:
+    recipe = with_steps(ConversionRecipe(stages=[Stage(**ALIGN), TUNE]), {"tune": 9})
+    assert [stage.steps for stage in recipe.all_stages] == [2, 9]

@@ -258,7 +258,7 @@ def test_yaml_blocks_are_yaml() -> None:
     import yaml
 
     from memzoo.models.config import ModelConfig
-    from memzoo.train.recipe import ConversionRecipe
+    from memzoo.train.conversion.recipe import ConversionRecipe
 
     for page in PAGES:
         for block in blocks(page, "yaml"):

@@ -6,7 +6,18 @@ import pytest
 import torch
 
 from memzoo.models.config import ModelConfig
-from memzoo.models.conversion import check_parity, convert_mixers
+from memzoo.models.conversion import (
+    ConversionPlan,
+    LayerSelection,
+    check_parity,
+    convert_mixers,
+    memory_off,
+    other_mixers,
+    register_weight_map,
+    select_layers,
+    weight_map,
+    window_of,
+)
 from memzoo.models.decoder import MemoryLM
 
 HEADS = {
@@ -18,6 +29,10 @@ HEADS = {
     "qkv_bias": True,
 }
 HYBRID = {"type": "lolcats", "window_size": 8, "num_sinks": 2, "feature_dim": 5}
+
+
+def convert(source: MemoryLM, target: dict, layers: list[int] | None = None, **options: str):
+    return convert_mixers(source, ConversionPlan(target=target, layers=layers, **options))
 
 
 def teacher(seed: int = 0) -> MemoryLM:
@@ -40,7 +55,7 @@ def tokens(length: int = 40) -> torch.Tensor:
 
 def test_zero_converted_layers_equal_the_source_to_the_bit() -> None:
     source = teacher()
-    student, report = convert_mixers(source, HYBRID, layers=[])
+    student, report = convert(source, HYBRID, layers=[])
     check_parity(source, student, report, tokens())
     report.raise_on_failure()
     assert torch.equal(source(tokens()).logits, student(tokens()).logits)
@@ -49,7 +64,7 @@ def test_zero_converted_layers_equal_the_source_to_the_bit() -> None:
 
 def test_copies_every_shared_weight_and_lists_the_new_ones() -> None:
     source = teacher()
-    student, report = convert_mixers(source, HYBRID, layers=[0, 2])
+    student, report = convert(source, HYBRID, layers=[0, 2])
     kept = source.state_dict()
     for name, tensor in student.state_dict().items():
         if name in kept:
@@ -66,7 +81,7 @@ def test_copies_every_shared_weight_and_lists_the_new_ones() -> None:
 
 def test_equals_the_source_while_the_sequence_fits_the_window() -> None:
     source = teacher()
-    student, report = convert_mixers(source, HYBRID)
+    student, report = convert(source, HYBRID)
     check_parity(source, student, report, tokens())
     report.raise_on_failure()
     reach = HYBRID["window_size"]
@@ -79,7 +94,7 @@ def test_equals_the_source_while_the_sequence_fits_the_window() -> None:
 @pytest.mark.parametrize("is_broken", [False, True])
 def test_half_precision_is_compared_mixer_by_mixer_in_float32(is_broken: bool) -> None:
     source = teacher().bfloat16()
-    student, report = convert_mixers(source, HYBRID)
+    student, report = convert(source, HYBRID)
     if is_broken:
         with torch.no_grad():
             student.blocks[1].mixer.v_proj.weight.mul_(1.01)
@@ -92,7 +107,7 @@ def test_half_precision_is_compared_mixer_by_mixer_in_float32(is_broken: bool) -
 
 def test_a_broken_copy_is_reported() -> None:
     source = teacher()
-    student, report = convert_mixers(source, HYBRID)
+    student, report = convert(source, HYBRID)
     with torch.no_grad():
         student.layers[1].mixer.q_proj.weight.add_(0.5)
         student.norm.weight.add_(1.0)
@@ -105,21 +120,120 @@ def test_a_broken_copy_is_reported() -> None:
 @pytest.mark.parametrize("layers", [[3], [-1], [0, 0]])
 def test_refuses_impossible_layers(layers: list[int]) -> None:
     with pytest.raises(ValueError, match="distinct numbers from 0 to 2"):
-        convert_mixers(teacher(), HYBRID, layers=layers)
+        convert(teacher(), HYBRID, layers=layers)
 
 
 def test_refuses_unknown_targets_and_keys() -> None:
     with pytest.raises(ValueError, match="lolcats"):
-        convert_mixers(teacher(), {"type": "lolcat"})
+        convert(teacher(), {"type": "lolcat"})
     with pytest.raises(ValueError, match="window_size"):
-        convert_mixers(teacher(), {"type": "sliding_window", "window_sise": 4})
+        convert(teacher(), {"type": "sliding_window", "window_sise": 4})
 
 
 def test_does_not_change_the_source() -> None:
     source = teacher()
     before = {name: tensor.clone() for name, tensor in source.state_dict().items()}
-    student, _ = convert_mixers(source, HYBRID)
+    student, _ = convert(source, HYBRID)
     with torch.no_grad():
         for parameter in student.parameters():
             parameter.zero_()
     assert all(torch.equal(tensor, before[name]) for name, tensor in source.state_dict().items())
+
+
+BESIDE = {
+    "type": "parallel",
+    "combine": "channel",
+    "mixers": [{"type": "sliding_window", "window_size": 8, "num_sinks": 2}, {"type": "linear_attention"}],
+}
+
+
+def test_composites_take_the_weights_inside_them() -> None:
+    source = teacher()
+    student, report = convert(source, BESIDE)
+    check_parity(source, student, report, tokens())
+    report.raise_on_failure()
+    assert any("first 8 tokens" in check.name for check in report.checks)
+    old = source.state_dict()
+    for number in (0, 1):
+        for name in ("q_proj.weight", "k_proj.weight", "v_proj.weight", "o_proj.weight"):
+            new = student.state_dict()[f"layers.1.mixer.mixers.{number}.{name}"]
+            assert torch.equal(new, old[f"layers.1.mixer.{name}"])
+    assert {name.rpartition("mixer.")[2] for name in report.new_parameters} == {"coefficient"}
+    sums, _ = convert(source, {**BESIDE, "combine": "sum"})
+    assert (sums(tokens(8)).logits - source(tokens(8)).logits).abs().max() > 1e-3
+
+
+def test_heads_are_expanded_as_wholes() -> None:
+    source = teacher()
+    target = {"type": "sliding_window", "window_size": 40}
+    student, report = convert(source, target, gqa="expand")
+    check_parity(source, student, report, tokens())
+    report.raise_on_failure()  # 40 tokens, all inside the window: the same logits
+    mixer = student.blocks[0].mixer
+    assert mixer.k_proj.weight.shape == (24, 24)
+    assert mixer.k_proj.bias.shape == (24,)
+    assert len(report.expanded) == 3 * 4  # weights and biases of keys and values
+    assert not report.new_parameters
+    assert not report.dropped
+
+
+def test_a_mixer_may_bring_its_own_map(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("memzoo.models.conversion.weight_maps._WEIGHT_MAPS", {})
+    source = teacher()
+    plain = weight_map(source.config.mixers[0], source.config.mixers[1])
+    register_weight_map("linear_attention", lambda old, new: {"q_proj.weight": plain["o_proj.weight"]})
+    with pytest.raises(ValueError, match="has a weight map already"):
+        register_weight_map("linear_attention", lambda old, new: {})
+    student, report = convert(source, {"type": "linear_attention"})
+    weights = student.state_dict(), source.state_dict()
+    assert torch.equal(weights[0]["layers.2.mixer.q_proj.weight"], weights[1]["layers.2.mixer.o_proj.weight"])
+    assert "layers.2.mixer.k_proj.weight" in report.new_parameters
+    assert "layers.2.mixer.k_proj.weight" in report.dropped
+
+
+def test_memory_off_silences_what_is_nothing_but_a_memory() -> None:
+    source = teacher()
+    student, _ = convert(source, {"type": "linear_attention"}, layers=[1])
+    on = student(tokens()).logits
+    with memory_off(student):
+        off = student(tokens(), return_state=True)
+        step = student.step(tokens()[:, 0], off.state).logits
+        with torch.no_grad():
+            parts = [student(tokens()[:, :17], return_state=True)]
+            parts.append(student(tokens()[:, 17:], parts[0].state))
+    torch.testing.assert_close(torch.cat([part.logits for part in parts], 1), off.logits)
+    assert step.isfinite().all()
+    assert torch.equal(student(tokens()).logits, on)
+    with torch.no_grad():
+        student.blocks[1].mixer.o_proj.weight.zero_()
+    assert torch.equal(student(tokens()).logits, off.logits)
+
+
+def test_mixers_are_lent_to_another_model_and_come_back() -> None:
+    source = teacher()
+    student, _ = convert(source, HYBRID)
+    before = source(tokens()).logits
+    with other_mixers(source, student, [0, 1, 2]):
+        assert torch.equal(source(tokens()).logits, student(tokens()).logits)
+    assert torch.equal(source(tokens()).logits, before)
+
+
+def test_layers_that_keep_their_attention() -> None:
+    uniform = LayerSelection(method="uniform", keep=0.25)
+    assert select_layers(uniform, 28) == [0, 4, 8, 12, 16, 20, 24]
+    assert select_layers(LayerSelection(method="even_odd"), 5) == [1, 3]
+    scores = {0: 0.1, 1: 0.5, 2: 0.5, 3: 0.2}
+    assert select_layers(LayerSelection(method="loss", keep=2), 4, scores) == [1, 2]
+    assert select_layers(LayerSelection(method="mse", keep=3), 4, scores) == [1, 2, 3]
+    for keep in (0, 4):
+        assert len(select_layers(LayerSelection(keep=keep), 4)) == keep
+    with pytest.raises(ValueError, match="needs a score for each of 4 blocks"):
+        select_layers(LayerSelection(method="mse", keep=3), 4, {0: 1.0})
+    plan = ConversionPlan(target=HYBRID, layers=LayerSelection(keep=1))
+    assert plan.converted_layers(3) == [1, 2]
+
+
+def test_windows_of_targets() -> None:
+    assert window_of({"type": "lolcats"}) == {"window_size": 64, "num_sinks": 0}
+    assert window_of(BESIDE) == {"window_size": 8, "num_sinks": 2}
+    assert window_of({"type": "linear_attention"}) is None

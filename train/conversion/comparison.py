@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 
-from ..models.config import ModelConfig
-from .evaluate import PositionLosses
-from .inspection import align_columns, inspect_model
-from .statistics import paired_difference
+from ...models.config import ModelConfig
+from ..evaluate import PositionLosses
+from ..inspection import align_columns, inspect_model
+from ..statistics import paired_difference
 
+UNALIGNED_ROW = "hybrid without alignment, equal steps"
 LENGTHS = (1024, 32_768, 1_000_000)  # tokens read, for the state bytes of a row
 
 
@@ -52,6 +53,8 @@ def comparison_results(rows: Sequence[Row]) -> dict[str, Any]:
     pairs = {"branch off - hybrid": ("hybrid, memory branch off", "hybrid")}
     if control is not None:
         pairs["control - hybrid"] = (control.name, "hybrid")
+    if UNALIGNED_ROW in by_name:
+        pairs["without alignment - hybrid"] = (UNALIGNED_ROW, "hybrid")
     results["differences"] = {
         label: _paired(by_name[left], by_name[right]) for label, (left, right) in pairs.items()
     }

@@ -1,0 +1,79 @@
+"""Parts of a model switched off for a while, to see what they are worth."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+
+from ...layers.contract import LayerOutput, TokenMixer
+from ..decoder import MemoryLM
+
+_MEMORYLESS = ("attention", "sliding_window")
+
+
+@contextmanager
+def memory_off(model: MemoryLM) -> Iterator[None]:
+    """Leaves the memory out of every mixer that has one.
+
+    Mixers with a memory beside a window (lolcats, parallel) go on with the window; the output of mixers that
+    are nothing but a memory becomes 0; attention and windows are left alone.
+
+    Raises:
+        ValueError: no mixer of the model has a memory.
+    """
+    mixers = [block.mixer for block in model.blocks if block.mixer.config.type not in _MEMORYLESS]
+    mixers = [mixer for mixer in mixers if getattr(mixer, "memory_enabled", True)]
+    if not mixers:
+        raise ValueError(
+            "no mixer of this model has a memory branch that can be switched off. "
+            "Use mixers that have one, such as lolcats."
+        )
+    with ExitStack() as stack:
+        for mixer in mixers:
+            stack.enter_context(_without_memory(mixer))
+        yield
+
+
+@contextmanager
+def other_mixers(model: MemoryLM, source: MemoryLM, layers: Sequence[int]) -> Iterator[None]:
+    """Puts the mixers of `source` into some blocks of `model`; both models come back as they were."""
+    kept = {index: model.blocks[index].mixer for index in layers}
+    for index in layers:
+        model.blocks[index].mixer = source.blocks[index].mixer
+    try:
+        yield
+    finally:
+        for index, mixer in kept.items():
+            model.blocks[index].mixer = mixer
+
+
+@contextmanager
+def _without_memory(mixer: TokenMixer) -> Iterator[None]:
+    if hasattr(mixer, "memory_enabled"):
+        mixer.memory_enabled = False  # type: ignore[assignment]  # a switch of the mixers that have it
+        try:
+            yield
+        finally:
+            mixer.memory_enabled = True  # type: ignore[assignment]
+        return
+
+    def silent(call: Any) -> Any:
+        def run(*args: Any, **kwargs: Any) -> LayerOutput:
+            out: LayerOutput = call(*args, **kwargs)
+            return dataclasses.replace(out, hidden=torch.zeros_like(out.hidden))
+
+        return run
+
+    # on the instance, over the methods of its class
+    names = ("mix", "mix_step")
+    for name in names:
+        mixer.__dict__[name] = silent(getattr(mixer, name))
+    try:
+        yield
+    finally:
+        for name in names:
+            del mixer.__dict__[name]

@@ -1,0 +1,112 @@
+"""From the weights of an attention layer to those of the mixer that replaces it.
+
+A parameter of the new mixer is filled from the parameter of the same name (projections, biases, head norms),
+inside composites too. Keys and values may get more heads than the source has: its heads are then repeated,
+each as a whole, so that query head h keeps the key/value head it had.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...layers.contract import MixerConfig
+from ...layers.registry import build_mixer
+
+# mixers inside composites
+_INSIDE = re.compile(r"^(mixers\.\d+\.)+")
+_PER_KEY_HEAD = re.compile(r"(k_proj|v_proj)\.(weight|bias)")
+
+WeightMap = Callable[[MixerConfig, MixerConfig], "dict[str, WeightSource]"]
+_WEIGHT_MAPS: dict[str, WeightMap] = {}
+
+
+@dataclass(frozen=True)
+class WeightSource:
+    """Where a parameter comes from.
+
+    Attributes:
+        name: of the parameter in the mixer that is replaced.
+        num_kv_heads: key/value heads there, for `groups` above 1.
+        groups: how often each of these heads is repeated.
+    """
+
+    name: str
+    num_kv_heads: int = 1
+    groups: int = 1
+
+    def read(self, weights: Mapping[str, Tensor]) -> Tensor:
+        """The values, from the parameters of the mixer that is replaced."""
+        weight = weights[self.name]
+        return weight if self.groups == 1 else expand_gqa(weight, self.num_kv_heads, self.groups)
+
+
+def weight_map(source: MixerConfig, target: MixerConfig) -> dict[str, WeightSource]:
+    """Parameter of the new mixer -> where it comes from; parameters that are not listed are new.
+
+    Args:
+        source: config of the mixer that is replaced.
+        target: config of the new mixer.
+    """
+    if target.type in _WEIGHT_MAPS:
+        return _WEIGHT_MAPS[target.type](source, target)
+    with torch.device("meta"):
+        old, new = build_mixer(source).state_dict(), build_mixer(target).state_dict()
+    found = {}
+    for name, tensor in new.items():
+        base = _INSIDE.sub("", name)
+        if base not in old:
+            continue
+        if old[base].shape == tensor.shape:
+            found[name] = WeightSource(base)
+        elif groups := _head_groups(source, base, old[base], tensor):
+            found[name] = WeightSource(base, getattr(source, "num_kv_heads", 1), groups)
+    return found
+
+
+def register_weight_map(mixer_type: str, function: WeightMap) -> None:
+    """Uses `function(source, target)` as the map for every new mixer of a type, in place of equal names.
+
+    Raises:
+        ValueError: the type has a map of its own already.
+    """
+    if mixer_type in _WEIGHT_MAPS:
+        raise ValueError(f"mixer type {mixer_type!r} has a weight map already. Register it once.")
+    _WEIGHT_MAPS[mixer_type] = function
+
+
+def expand_gqa(weight: Tensor, num_kv_heads: int, groups: int) -> Tensor:
+    """Repeats every key/value head as a whole.
+
+    Args:
+        weight: (num_kv_heads D, ...), rows of a key or value projection, or its bias.
+        num_kv_heads: heads in `weight`.
+        groups: query heads per key/value head.
+
+    Returns:
+        (num_kv_heads groups D, ...), the head of query head h at place h.
+
+    Raises:
+        ValueError: rows that are no multiple of the heads, or a group below 1.
+    """
+    if num_kv_heads < 1 or groups < 1 or weight.shape[0] % num_kv_heads:
+        raise ValueError(
+            f"{weight.shape[0]} rows cannot be {num_kv_heads} heads repeated {groups} times. "
+            "Give the number of key/value heads of the source, and at least 1 query head for each."
+        )
+    heads = weight.reshape(num_kv_heads, -1, *weight.shape[1:])
+    return heads.repeat_interleave(groups, dim=0).flatten(0, 1)
+
+
+def _head_groups(source: MixerConfig, name: str, old: Tensor, new: Tensor) -> int:
+    """How many heads of the new projection share one of the old; 0 where it is no such projection."""
+    heads = getattr(source, "num_heads", None)
+    key_heads = getattr(source, "num_kv_heads", None)
+    if not heads or not key_heads or not _PER_KEY_HEAD.fullmatch(name) or old.shape[1:] != new.shape[1:]:
+        return 0
+    groups = heads // key_heads
+    return int(groups) if new.shape[0] == groups * old.shape[0] else 0

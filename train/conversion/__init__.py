@@ -1,0 +1,1 @@
+"""Training of conversions: recipes, stages, controls."""

@@ -1,0 +1,246 @@
+"""Lightning modules of conversion: align each new mixer with the attention it replaces, then train the whole.
+
+Alignment (attention transfer, Zhang et al. 2024, arXiv 2410.10254): every new mixer is given the teacher's
+hidden states of its own layer, so errors do not add up and layers do not see one another. End to end: the
+student runs on its own states and learns the teacher's next-token distribution, or the text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+
+from ...kernels import linear_cross_entropy, linear_divergence
+from ...layers.contract import LayerOutput, TokenMixer
+from ...models.conversion import relative_error
+from ...models.decoder import MemoryLM
+from ..data.batches import TokenBatch
+from ..optim import OptimizerConfig, build_optimizer, lr_factor
+from .losses import attention_transfer_loss, hidden_alignment_loss
+from .teacher import TeacherReadings
+
+# Dimensions: B rows, T tokens, M model width, V vocabulary
+
+# of a step with window dropout: the token itself
+SHRUNK = {"window_size": 1}
+
+
+class StudentModule(LightningModule):
+    """Common to all stages: a student with some trainable parameters, a frozen teacher, one optimiser.
+
+    Its checkpoints hold what is trained, not the frozen rest.
+
+    Args:
+        student: the model, or its wrapper with low-rank updates.
+        teacher: frozen here; never saved nor trained with the student.
+        optimizer: of the stage.
+        window_dropout: share of the steps in which every window is shrunk to the token itself.
+        seed: of the choice of these steps.
+
+    Attributes:
+        history: losses of every step so far, name -> values.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: MemoryLM,
+        optimizer: OptimizerConfig,
+        *,
+        window_dropout: float = 0.0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.student = student
+        self._teacher = [teacher.requires_grad_(False).eval()]  # in a list: no part of this module
+        self.optimizer_config = optimizer
+        self.window_dropout, self.seed = window_dropout, seed
+        self.history: dict[str, list[float]] = {}
+        self.strict_loading = False
+
+    @property
+    def teacher(self) -> MemoryLM:
+        return self._teacher[0]
+
+    def setup(self, stage: str) -> None:
+        self.teacher.to(self.device)
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        optimizer = build_optimizer(self.student.parameters(), self.optimizer_config)
+        factor = lr_factor(self.optimizer_config, self.trainer.max_steps)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        checkpoint["state_dict"] = {
+            name: tensor for name, tensor in checkpoint["state_dict"].items() if name in trained
+        }
+        checkpoint["history"] = self.history
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        saved = set(checkpoint["state_dict"])
+        if saved != trained:
+            odd = sorted(saved ^ trained)
+            raise ValueError(
+                f"the checkpoint is of another stage: {odd[0]!r} is not on both sides ({len(odd)} such). "
+                "Start the conversion anew with --overwrite."
+            )
+        self.history = checkpoint["history"]
+
+    def note(self, name: str, value: Tensor, *, in_line: bool = False) -> None:
+        """Keeps a figure of this step, and shows it in the progress line if asked."""
+        number = float(value.detach())
+        self.history.setdefault(name, []).append(number)
+        if in_line:
+            self.log(name, number, prog_bar=True, batch_size=1)
+
+    def overrides(self, step: int) -> dict[str, int]:
+        """Sizes to use in a step: a pure function of seed and step, so that a resumed run draws the same."""
+        if not self.window_dropout:
+            return {}
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
+        return dict(SHRUNK) if float(torch.rand((), generator=generator)) < self.window_dropout else {}
+
+
+class AlignmentModule(StudentModule):
+    """New mixers against the attention they replace, on the teacher's hidden states.
+
+    Args:
+        layers: blocks that were converted; only their mixers are read.
+        loss: `mixer_out`, `attn_out` or `hidden` -> weight; the mean over layers is taken.
+        normalize: divide by the size of the teacher's output of the layer.
+        options: as in `StudentModule`.
+    """
+
+    def __init__(
+        self,
+        student: MemoryLM,
+        teacher: MemoryLM,
+        optimizer: OptimizerConfig,
+        layers: Sequence[int],
+        loss: Mapping[str, float],
+        *,
+        normalize: bool = True,
+        **options: Any,
+    ) -> None:
+        super().__init__(student, teacher, optimizer, **options)
+        self.layers, self.loss, self.normalize = frozenset(layers), dict(loss), normalize
+
+    def training_step(self, batch: TokenBatch, batch_idx: int) -> Tensor:
+        losses = []
+        assert isinstance(self.student, MemoryLM)
+        overrides = self.overrides(self.global_step)
+        hidden = self.teacher.embed_tokens(batch.input_ids)  # (B, T, M)
+        for index, (old, new) in enumerate(zip(self.teacher.blocks, self.student.blocks, strict=True)):
+            with torch.no_grad():
+                normed = old.mixer_input(hidden)
+                target = self._read(old.mixer, normed, batch, {})
+            if index in self.layers:
+                loss = self._distance(self._read(new.mixer, normed, batch, overrides), target)
+                losses.append(loss)
+                self.note(f"layer_{index}", loss)
+            if len(losses) == len(self.layers):
+                break
+            with torch.no_grad():
+                hidden = old.after_mixer(hidden, target.hidden)
+        total = torch.stack(losses).mean()
+        self.note("loss", total, in_line=True)
+        return total
+
+    def _read(
+        self, mixer: TokenMixer, normed: Tensor, batch: TokenBatch, overrides: Mapping[str, int]
+    ) -> LayerOutput:
+        return mixer(
+            normed,
+            mask=batch.mask,
+            cu_seqlens=batch.cu_seqlens,
+            overrides={name: size for name, size in overrides.items() if name in mixer.overridable},
+            return_extras="attn_out" in self.loss,
+        )
+
+    def _distance(self, student: LayerOutput, teacher: LayerOutput) -> Tensor:
+        parts = []
+        for name, weight in self.loss.items():
+            if name == "mixer_out":
+                if self.normalize:
+                    part = relative_error(student.hidden, teacher.hidden)
+                else:
+                    part = attention_transfer_loss(student.hidden, teacher.hidden)
+            elif name == "attn_out":
+                heads = (out.extras["head_outputs"] for out in (student, teacher))
+                part = attention_transfer_loss(*heads, normalize=self.normalize)
+            else:
+                part = hidden_alignment_loss(student.hidden, teacher.hidden, normalize=self.normalize)
+            parts.append(weight * part)
+        return torch.stack(parts).sum()
+
+
+class DistillModule(StudentModule):
+    """kl KL(teacher || student) + ce cross-entropy of the next token, per token, temperature 1.
+
+    No logits of the whole text are made: losses and gradients come a few tokens at a time.
+
+    Args:
+        loss: `kl` and `ce` -> weight.
+        readings: what this teacher has read; None keeps none.
+        options: as in `StudentModule`.
+
+    Raises:
+        ValueError: both weights 0, or one below it.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: MemoryLM,
+        optimizer: OptimizerConfig,
+        loss: Mapping[str, float],
+        *,
+        readings: TeacherReadings | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(student, teacher, optimizer, **options)
+        self.readings = TeacherReadings() if readings is None else readings
+        self.kl_weight, self.ce_weight = loss.get("kl", 0.0), loss.get("ce", 0.0)
+        if self.kl_weight < 0 or self.ce_weight < 0 or self.kl_weight + self.ce_weight == 0:
+            raise ValueError(
+                f"the weights of kl and ce must be >= 0 and not both 0, got {self.kl_weight} and "
+                f"{self.ce_weight}."
+            )
+
+    def training_step(self, batch: TokenBatch, batch_idx: int) -> Tensor:
+        out = self.student(
+            batch.input_ids,
+            mask=batch.mask,
+            cu_seqlens=batch.cu_seqlens,
+            overrides=self.overrides(self.global_step),
+            return_hidden_states=True,
+            last_only=True,
+        )
+        is_real = slice(None) if batch.mask is None else batch.mask.flatten()
+        hidden = out.hidden_states[-1].flatten(0, 1)[is_real]  # (B T, M)
+        weight = self._network.head_weight
+        loss = hidden.new_zeros((), dtype=torch.float32)
+        if self.kl_weight:
+            read = self.readings.hidden(self.teacher, batch).flatten(0, 1)[is_real]
+            kl = linear_divergence(hidden, weight, read, self.teacher.head_weight)
+            self.note("kl", kl, in_line=True)
+            loss = loss + self.kl_weight * kl
+        if self.ce_weight:
+            ce = linear_cross_entropy(hidden, weight, batch.labels.flatten()[is_real])
+            self.note("ce", ce, in_line=True)
+            loss = loss + self.ce_weight * ce
+        self.note("loss", loss)
+        return loss
+
+    @property
+    def _network(self) -> MemoryLM:
+        inner = self.student if isinstance(self.student, MemoryLM) else self.student.model
+        assert isinstance(inner, MemoryLM)
+        return inner

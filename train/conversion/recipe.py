@@ -1,0 +1,401 @@
+"""Recipes of conversion: what to convert to, and the stages of training; read from YAML and checked against a
+model before any work.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ... import configs
+from ...layers.contract import suggest
+from ...models.config import ModelConfig
+from ...models.conversion import ConversionPlan, LayerSelection, converted_config, memory_off, window_of
+from ...models.decoder import MemoryLM
+from ..data.documents import check_text_file
+from ..data.texts import load_text
+from ..optim import OptimizerConfig
+from .updates import linear_layers, lora_size
+
+ALIGNMENT_LOSSES = ("mixer_out", "attn_out", "hidden")
+END_TO_END_LOSSES = ("kl", "ce")
+TRAINABLE = ("new", "mixers", "lora", "all")
+DEFAULT_WINDOW = {"window_size": 64, "num_sinks": 4}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One stage of training.
+
+    Attributes:
+        name: of its rows and files.
+        loss: loss -> weight. Each new mixer on its teacher's hidden states: `mixer_out` (squared error of its
+            output), `attn_out` (of its heads), `hidden` (length of the error of its output). Or the whole
+            model on its own states: `kl` (divergence from the teacher), `ce` (next token).
+        train: "new" (parameters that the source does not have), "mixers" (all of the new mixers), "lora"
+            (low-rank updates), or "all".
+        steps: optimiser steps.
+        lr: peak learning rate.
+        seq_len: tokens of one window of text.
+        batch_size: windows per step.
+        normalize: divide alignment losses by the size of the teacher's output, layer by layer.
+        window_dropout: share of the steps in which every window is shrunk to the token itself (and sinks),
+            so that the memory has to carry the rest.
+        lora_rank: rank of the updates, with "lora"; the control gets the rank that matches its budget.
+        lora_targets: linear layers that are updated.
+        new_lr_scale: with "lora", rate of the new parameters as a multiple of lr; 0 freezes them.
+        schedule: how the rate falls after the warm-up: cosine, linear or constant.
+        warmup_steps: steps of linear rise; None takes a tenth of the steps, 10 at most.
+        weight_decay: decoupled decay of matrices.
+        clip: largest length of the gradient.
+    """
+
+    name: str
+    loss: Mapping[str, float]
+    train: str
+    steps: int
+    lr: float
+    seq_len: int = 1024
+    batch_size: int = 1
+    normalize: bool = True
+    window_dropout: float = 0.0
+    lora_rank: int = 16
+    lora_targets: Sequence[str] = ("q_proj", "k_proj", "v_proj", "o_proj")
+    new_lr_scale: float = 0.0
+    schedule: str = "cosine"
+    warmup_steps: int | None = None
+    weight_decay: float = 0.0
+    clip: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not self.name.replace("_", "").replace("-", "").isalnum():
+            raise ValueError(f"a stage needs a name of letters, digits, - and _, got {self.name!r}.")
+        where = f"stage {self.name!r}"
+        known = (*ALIGNMENT_LOSSES, *END_TO_END_LOSSES)
+        if not isinstance(self.loss, Mapping) or not self.loss:
+            raise ValueError(
+                f"{where}: loss must map losses to weights, got {self.loss!r}. Write {{kl: 1.0}}."
+            )
+        for key, weight in self.loss.items():
+            if key not in known:
+                raise ValueError(f"{where}: unknown loss {key!r}. {suggest(str(key), known)}")
+            _check_number(f"{where}: the weight of {key}", weight)
+        if len({key in ALIGNMENT_LOSSES for key in self.loss}) > 1:
+            raise ValueError(
+                f"{where}: {', '.join(self.loss)} cannot be mixed. {', '.join(ALIGNMENT_LOSSES)} compare "
+                f"mixers given the teacher's states, {', '.join(END_TO_END_LOSSES)} the model on its own: "
+                "use two stages."
+            )
+        if not any(self.loss.values()):
+            raise ValueError(f"{where}: all weights of its losses are 0. Give one above 0.")
+        if self.train not in TRAINABLE:
+            raise ValueError(f"{where}: train must be one of {', '.join(TRAINABLE)}, got {self.train!r}.")
+        if self.is_alignment and self.train in ("lora", "all"):
+            raise ValueError(
+                f"{where}: an alignment trains parts of the new mixers, got train={self.train!r}. "
+                "Use new or mixers."
+            )
+        for name in ("steps", "seq_len", "batch_size", "lora_rank", "warmup_steps"):
+            value, least = getattr(self, name), int(name != "steps" and name != "warmup_steps")
+            if name == "warmup_steps" and value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"{where}: {name} must be an integer of at least {least}, got {value!r}.")
+        for name in ("lr", "clip"):
+            _check_number(f"{where}: {name}", getattr(self, name), is_positive=True)
+        for name in ("new_lr_scale", "weight_decay", "window_dropout"):
+            _check_number(f"{where}: {name}", getattr(self, name))
+        if self.window_dropout > 1:
+            raise ValueError(
+                f"{where}: window_dropout must be a share, at most 1, got {self.window_dropout}."
+            )
+        if not isinstance(self.normalize, bool):
+            raise ValueError(f"{where}: normalize must be true or false, got {self.normalize!r}.")
+        _check_names(f"{where}: lora_targets", self.lora_targets)
+        self.optimizer  # noqa: B018  # raises on an unknown schedule
+
+    @property
+    def is_alignment(self) -> bool:
+        """Whether the mixers are compared one by one, on the teacher's hidden states."""
+        return next(iter(self.loss)) in ALIGNMENT_LOSSES
+
+    @property
+    def num_tokens(self) -> int:
+        return self.steps * self.batch_size * self.seq_len
+
+    @property
+    def optimizer(self) -> OptimizerConfig:
+        """AdamW as the stage wants it."""
+        if self.schedule not in ("cosine", "linear", "constant"):
+            raise ValueError(
+                f"stage {self.name!r}: schedule must be cosine, linear or constant, got {self.schedule!r}."
+            )
+        warmup = min(10, self.steps // 10) if self.warmup_steps is None else self.warmup_steps
+        return OptimizerConfig(
+            lr=self.lr,
+            weight_decay=self.weight_decay,
+            warmup_steps=warmup,
+            schedule=self.schedule,  # type: ignore[arg-type]  # checked above
+        )
+
+
+def _default_target() -> Mapping[str, Any]:
+    return {
+        "type": "lolcats",
+        "window_size": 64,
+        "num_sinks": 4,
+        "feature_dim": 64,
+        "is_affine": True,
+        "initial_window_share": 0.99,
+    }
+
+
+def _default_stages() -> tuple[Stage, ...]:
+    return (
+        Stage(name="align", loss={"mixer_out": 1.0}, train="new", steps=40, lr=1e-2),
+        Stage(name="tune", loss={"kl": 1.0}, train="lora", steps=110, lr=1e-3, new_lr_scale=10.0),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConversionRecipe:
+    """A staged conversion, as data.
+
+    Attributes:
+        target: the new mixer, `{type: ..., ...}`; heads and positions come from the attention it replaces.
+        layers: blocks to convert, or `{method: uniform | even_odd | mse | loss, keep: share or number}` to
+            choose those that keep their attention; None converts all.
+        gqa: "keep" the key/value heads of the source, or "expand" them to one per query head.
+        stages: stages of training, in order.
+        control: window and sinks of the rows without a memory; None takes those of the target (64 and 4
+            where it has none).
+        texts: bundled training texts, by name; state_of_the_union where no files are given either.
+        files: local training texts.
+        seed: of initialisation and data order.
+    """
+
+    target: Mapping[str, Any] = field(default_factory=_default_target)
+    layers: Sequence[int] | Mapping[str, Any] | LayerSelection | None = None
+    gqa: str = "keep"
+    stages: Sequence[Stage | Mapping[str, Any]] = field(default_factory=_default_stages)
+    control: Mapping[str, int] | None = None
+    texts: Sequence[str] = ()
+    files: Sequence[str] = ()
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.layers, Mapping):
+            object.__setattr__(self, "layers", _from_mapping(LayerSelection, self.layers, "layers"))
+        if isinstance(self.layers, Sequence) and not self.layers:
+            raise ValueError("layers must name a block, got []. Leave layers out to convert all.")
+        self.plan  # noqa: B018  # raises on an impossible target
+        if not isinstance(self.stages, Sequence) or isinstance(self.stages, str):
+            raise ValueError(f"stages must be a list of stages, got {self.stages!r}.")
+        stages = tuple(
+            stage if isinstance(stage, Stage) else _from_mapping(Stage, stage, f"stage {number}")
+            for number, stage in enumerate(self.stages)
+        )
+        object.__setattr__(self, "stages", stages)
+        names = [stage.name for stage in stages]
+        if len(set(names)) != len(names):
+            raise ValueError(f"stages must have names of their own, got {names}.")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
+            raise ValueError(f"seed must be an integer of at least 0, got {self.seed!r}.")
+        for name in ("texts", "files"):
+            _check_names(name, getattr(self, name))
+        if self.control is not None:
+            wrong = not isinstance(self.control, Mapping) or not set(self.control) <= set(DEFAULT_WINDOW)
+            if wrong or "window_size" not in self.control:
+                raise ValueError(
+                    f"control must give window_size and may give num_sinks, got {self.control!r}. "
+                    "Write {window_size: 64, num_sinks: 4}."
+                )
+        if not self.texts and not self.files:
+            object.__setattr__(self, "texts", ("state_of_the_union",))
+
+    @property
+    def plan(self) -> ConversionPlan:
+        """What is converted."""
+        assert not isinstance(self.layers, Mapping)
+        return ConversionPlan(target=self.target, layers=self.layers, gqa=self.gqa)
+
+    @property
+    def all_stages(self) -> tuple[Stage, ...]:
+        """The stages, typed."""
+        return tuple(stage for stage in self.stages if isinstance(stage, Stage))
+
+    @property
+    def last_end_to_end(self) -> Stage | None:
+        """The stage whose training the control repeats."""
+        return next((stage for stage in reversed(self.all_stages) if not stage.is_alignment), None)
+
+
+def recipe_dict(recipe: ConversionRecipe) -> dict[str, Any]:
+    """The recipe as plain data, for a record or a file."""
+    return asdict(recipe) | {"target": dict(recipe.target)}
+
+
+def read_recipe(name: str, *, steps: Mapping[str, int] | None = None, **changes: Any) -> ConversionRecipe:
+    """A shipped recipe by name, or one from a YAML file.
+
+    Args:
+        name: of the recipe or the file.
+        steps: stage -> number of steps, in place of those of the recipe.
+        changes: fields to replace; None leaves a field as it is.
+
+    Raises:
+        ValueError: no such recipe, an unknown key or stage (the nearest is suggested), or an impossible
+            value.
+    """
+    path = (
+        Path(name) if Path(name).suffix in (".yaml", ".yml") else configs.find(f"convert/{name}", "convert")
+    )
+    if not path.is_file():
+        raise ValueError(
+            f"there is no recipe file {name!r} (looked in {Path.cwd()}). Check the path. "
+            f"{configs.suggestion(name, 'convert')}"
+        )
+    values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if not isinstance(values, dict):
+        raise ValueError(f"{name} must hold a mapping of recipe fields, got {type(values).__name__}.")
+    wanted = {key: value for key, value in changes.items() if value is not None}
+    recipe: ConversionRecipe = _from_mapping(ConversionRecipe, {**values, **wanted}, f"recipe {name}")
+    return with_steps(recipe, steps or {})
+
+
+def with_steps(recipe: ConversionRecipe, steps: Mapping[str, int]) -> ConversionRecipe:
+    """The recipe with other numbers of steps in some stages.
+
+    Raises:
+        ValueError: a stage that the recipe does not have.
+    """
+    names = [stage.name for stage in recipe.all_stages]
+    for name in steps:
+        if name not in names:
+            raise ValueError(f"the recipe has no stage {name!r}. {suggest(str(name), names)}")
+    stages = [
+        replace(stage, steps=steps[stage.name]) if stage.name in steps else stage
+        for stage in recipe.all_stages
+    ]
+    return replace(recipe, stages=stages)
+
+
+def check_recipe(recipe: ConversionRecipe, source: ModelConfig, *, with_control: bool = True) -> None:
+    """Refuses a recipe that does not fit a model, before any work: all its models are built without weights.
+
+    Args:
+        recipe: what to check.
+        source: the config of the model to convert.
+        with_control: whether a control is to be trained as well.
+
+    Raises:
+        ValueError: layers outside the model, a target that is no valid mixer or lacks a memory that can be
+            switched off or has other heads than the model, projections that no layer has, training windows
+            that never leave the window of the mixer, a training text that is not there, or stages that train
+            nothing.
+    """
+    plan = recipe.plan
+    layers = plan.converted_layers(source.depth)
+    if not layers:
+        raise ValueError("the recipe converts no block. Give fewer blocks to keep, or leave layers out.")
+    for index in layers:
+        replaced = source.mixers[index].to_dict()
+        for name in ("d_model", "num_heads", "head_dim"):
+            if name in plan.target and recipe.target[name] != replaced.get(name):
+                raise ValueError(
+                    f"the target has {name}={recipe.target[name]!r}, the attention of layer {index} has "
+                    f"{replaced.get(name)!r}. Leave {name} out to inherit it."
+                )
+        key_heads = recipe.target.get("num_kv_heads")
+        if key_heads is not None and key_heads not in (
+            replaced.get("num_kv_heads"),
+            replaced.get("num_heads"),
+        ):
+            raise ValueError(
+                f"the target has num_kv_heads={key_heads!r}, the attention of layer {index} has "
+                f"{replaced.get('num_kv_heads')!r}. Leave num_kv_heads out to inherit it, or set gqa: expand."
+            )
+    hybrid = MemoryLM(converted_config(source, plan), device="meta")
+    with memory_off(hybrid):
+        pass
+    window = MemoryLM(converted_config(source, control_plan(recipe)), device="meta")
+    if with_control and recipe.last_end_to_end is None:
+        raise ValueError(
+            "the recipe has no stage with the loss kl or ce, so there is no training that its control could "
+            "repeat. Add one, or set --control false."
+        )
+    if plan.is_measured and not any(stage.is_alignment for stage in recipe.all_stages):
+        raise ValueError("layers chosen by a measurement need an alignment stage before it. Add one.")
+    for stage in recipe.all_stages:
+        if stage.train == "lora":
+            _check_updates(stage, hybrid, window, with_control)
+    memoryless = window_of(plan.target)
+    reach = memoryless["window_size"] + memoryless["num_sinks"] if memoryless else 0
+    for stage in recipe.all_stages:
+        if stage.seq_len <= reach:
+            raise ValueError(
+                f"stage {stage.name!r}: seq_len must be above window_size + num_sinks = {reach}, got "
+                f"{stage.seq_len}: no token would ever reach the memory."
+            )
+    for name in recipe.texts:
+        load_text(name)
+    for file in recipe.files:
+        check_text_file(file)
+
+
+def control_plan(recipe: ConversionRecipe, num_sinks: int | None = None) -> ConversionPlan:
+    """The same conversion without a memory: a window, with the sinks of the recipe unless given."""
+    window = dict(recipe.control or window_of(recipe.target) or DEFAULT_WINDOW)
+    if num_sinks is not None:
+        window["num_sinks"] = num_sinks
+    return ConversionPlan(target={"type": "sliding_window", **window}, layers=recipe.plan.layers)
+
+
+def _check_updates(stage: Stage, hybrid: MemoryLM, window: MemoryLM, with_control: bool) -> None:
+    names = {
+        name.rpartition(".")[2] for name, module in hybrid.named_modules() if hasattr(module, "in_features")
+    }
+    for name in stage.lora_targets:
+        if name == "lm_head" or not any(linear_layers(hybrid, [name])):
+            raise ValueError(
+                f"stage {stage.name!r}: lora_targets: the converted model has no linear layer {name!r} in "
+                f"its blocks. {suggest(name, names - {'lm_head'})}"
+            )
+    if with_control and not lora_size(window, stage.lora_targets):
+        raise ValueError(
+            f"stage {stage.name!r}: lora_targets {list(stage.lora_targets)} name no linear layer of the "
+            "control, which could then not be tuned. Add a projection of its attention, such as q_proj."
+        )
+
+
+def _from_mapping(kind: Any, values: Any, where: str) -> Any:
+    """A dataclass from plain data, with errors that name the place."""
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{where} must be a mapping, got {values!r}. Write its keys in place.")
+    known = {item.name for item in fields(kind)}
+    for key in values:
+        if key not in known:
+            raise ValueError(f"unknown key {key!r} in {where}. {suggest(str(key), known)}")
+    try:
+        return kind(**values)
+    except TypeError as error:
+        raise ValueError(f"{where}: {error}.") from None
+
+
+def _check_number(what: str, value: Any, *, is_positive: bool = False) -> None:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not math.isfinite(value) or value < 0 or (is_positive and value == 0):
+        wanted = "a positive number" if is_positive else "a number of at least 0"
+        # YAML reads 1e-3, without a point, as text
+        raise ValueError(f"{what} must be {wanted}, got {value!r}. Write it as 0.001 or 1.0e-3.")
+
+
+def _check_names(what: str, value: Any) -> None:
+    is_list = isinstance(value, Sequence) and not isinstance(value, str)
+    if not is_list or not all(isinstance(item, str) for item in value):
+        raise ValueError(f"{what} must be a list of names, got {value!r}. Write [NAME, ...].")

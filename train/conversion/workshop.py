@@ -1,0 +1,356 @@
+"""Where a conversion happens: one folder in which runs are trained and rows measured, each only once.
+
+    FOLDER/conversion.json       what is converted and how; what is done already
+    FOLDER/work/stages/RUN-STAGE/    weights that a stage left
+    FOLDER/work/rows/            losses of a measured row
+    FOLDER/work/teacher/         what the teacher read
+
+A conversion that was killed goes on in the same folder, with the same bits as one that was not.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import re
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import seed_everything
+from torch import Tensor
+from tqdm import tqdm  # type: ignore[import-untyped]
+
+from ...layers.contract import probe
+from ...models.checkpoints.files import atomic_path, read_json, write_json
+from ...models.checkpoints.safetensors_files import read_safetensors, write_safetensors_in_place
+from ...models.conversion import (
+    ConversionPlan,
+    LayerSelection,
+    ParityReport,
+    check_parity,
+    convert_mixers,
+    layer_errors,
+    other_mixers,
+    select_layers,
+)
+from ...models.decoder import MemoryLM
+from ..data.batches import BatchSource
+from ..data.text import TextDataModule
+from ..evaluate import PositionLosses, position_losses
+from .comparison import Row
+from .recipe import ConversionRecipe, Stage
+from .stage import Segment, StageFacts, StageSettings, run_stage
+from .teacher import TeacherReadings, weights_digest
+
+logger = logging.getLogger(__name__)
+
+MANIFEST = "conversion.json"
+FORMAT_VERSION = 1
+
+
+@dataclass
+class Conversion:
+    """A converted model with what is known about it.
+
+    Attributes:
+        model: the hybrid, in the dtype of its source.
+        report: what the surgery did and its parity checks.
+        stages: what each stage did.
+        layer_errors: error of each new mixer on the teacher's states after training (before it: in `report`).
+        window_shares: share of the softmax in each mixer that joins window and memory, after training.
+    """
+
+    model: MemoryLM
+    report: ParityReport
+    stages: list[StageFacts]
+    layer_errors: dict[int, float] = field(default_factory=dict)
+    window_shares: dict[int, float] = field(default_factory=dict)
+
+    @property
+    def num_trained(self) -> int:
+        """Numbers that were trained in any stage."""
+        trained: dict[str, int] = {}
+        for facts in self.stages:
+            if facts.steps:
+                trained |= facts.trained
+        return sum(trained.values()) + sum(facts.num_low_rank for facts in self.stages if facts.steps)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of training text read."""
+        return sum(facts.num_tokens for facts in self.stages)
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Duration of each stage; runs share what the teacher made of the text."""
+        return {facts.name: facts.seconds for facts in self.stages}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training: a plan and the stages it goes through.
+
+    Attributes:
+        name: of its files and rows.
+        plan: what is converted.
+        stages: each with the text it reads.
+    """
+
+    name: str
+    plan: ConversionPlan
+    stages: tuple[tuple[Stage, tuple[Segment, ...]], ...]
+
+
+class Workshop:
+    """Trains runs and measures rows in a folder; what is there already is taken from there.
+
+    Args:
+        folder: for the results.
+        teacher: the pretrained model (float32 or bfloat16); it is not changed.
+        tokenizer: folder or .gguf file of its tokenizer.
+        recipe: texts and seed.
+        tokens: book -> (L,) ids, for the rows.
+        windows: arguments of `position_losses`: num_windows, window_size, first_token.
+        settings: how stages are run.
+        cache: folder for what the teacher reads; None takes one inside `folder`.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        teacher: MemoryLM,
+        tokenizer: str,
+        recipe: ConversionRecipe,
+        *,
+        tokens: Mapping[str, Tensor],
+        windows: Mapping[str, int],
+        settings: StageSettings,
+        cache: Path | None = None,
+    ) -> None:
+        self.folder, self.work = folder, folder / "work"
+        self.teacher, self.tokenizer, self.recipe = teacher, tokenizer, recipe
+        self.tokens, self.windows, self.settings = tokens, windows, settings
+        self.low_teacher = copy.deepcopy(teacher).to(torch.bfloat16)
+        self.readings = TeacherReadings(cache or self.work / "teacher", weights_digest(self.low_teacher))
+        self.rows: list[Row] = []
+        self._sources: dict[tuple[int, int], BatchSource] = {}
+
+    def sources(self, seq_len: int, batch_size: int) -> BatchSource:
+        """All batches of one size, in the order of the seed."""
+        key = (seq_len, batch_size)
+        if key not in self._sources:
+            data = TextDataModule(
+                texts=tuple(self.recipe.texts),
+                files=tuple(self.recipe.files),
+                tokenizer=self.tokenizer,
+                seq_len=seq_len,
+                batch_size=batch_size,
+                reset_at_documents=False,
+                append_eos=False,
+                seed=self.recipe.seed,
+            )
+            data.setup()
+            self._sources[key] = data.train_dataloader().dataset  # type: ignore[assignment]
+        return self._sources[key]
+
+    def first_window(self) -> Tensor:
+        """(1, T) ids of the first window of training."""
+        stage = self.recipe.all_stages[0]
+        return self.sources(stage.seq_len, stage.batch_size).batch(0, 0).input_ids[:1]
+
+    def untrained(self, plan: ConversionPlan) -> MemoryLM:
+        """The model right after the surgery, the same at every call."""
+        seed_everything(self.recipe.seed, verbose=False)
+        return convert_mixers(self.teacher, plan)[0]
+
+    def train(
+        self, run: Run, on_stage: Callable[[str, MemoryLM, list[StageFacts]], None] = lambda *_: None
+    ) -> Conversion:
+        """Surgery, parity checks and all stages of a run.
+
+        Args:
+            on_stage: called with the name of each stage as it ends, the student and what was done so far.
+
+        Raises:
+            ValueError: a plan or text that does not fit, or a failed parity check.
+        """
+        seed_everything(self.recipe.seed, verbose=False)
+        student, report = convert_mixers(self.teacher, run.plan)
+        check_parity(self.teacher, student, report, self.first_window())
+        report.raise_on_failure()
+        student = student.to(torch.bfloat16)
+        done: list[StageFacts] = []
+        for number, (stage, segments) in enumerate(run.stages):
+            facts = run_stage(
+                stage,
+                student,
+                self.low_teacher,
+                layers=report.layers,
+                fresh=list(report.new_parameters),
+                segments=segments,
+                sources=self.sources,
+                folder=self.work / "stages" / f"{run.name}-{number + 1}-{stage.name}",
+                seed=self.recipe.seed + 1 + number,
+                readings=self.readings,
+                settings=self.settings,
+                label=f"{run.name}: {stage.name}",
+            )
+            done.append(facts)
+            on_stage(stage.name, student, done)
+        model = student.to(self.teacher.embed_tokens.weight.dtype).requires_grad_(True)
+        found = Conversion(model, report, done)
+        with torch.no_grad():
+            found.layer_errors = layer_errors(self.teacher, model, report.layers, self.first_window())
+            found.window_shares = window_shares(model, self.first_window())
+        return found
+
+    def measure(
+        self,
+        name: str,
+        model: Callable[[], MemoryLM],
+        num_trained: int = 0,
+        switched: Callable[[MemoryLM], AbstractContextManager[None]] = lambda model: nullcontext(),
+    ) -> Row:
+        """Losses of a model on the windows of all books, in bfloat16; measured once and kept.
+
+        Args:
+            name: of the row.
+            model: makes the model; called only when it has to be measured.
+            num_trained: trainable numbers that were tuned.
+            switched: what to do to the model meanwhile, for example `memory_off`.
+        """
+        path = self.work / "rows" / f"{re.sub('[^a-z0-9]+', '-', name.lower()).strip('-')}.json"
+        made = model()
+        if path.is_file():
+            losses = _read_losses(path)
+        else:
+            low = copy.deepcopy(made).to(torch.bfloat16).eval()
+            with switched(low):
+                losses = self._losses(name, low)
+            _write_losses(path, losses)
+        row = Row(name, made.config, losses, num_trained)
+        self.rows.append(row)
+        if losses:
+            logger.info("%s: perplexity %s", name, {b: round(x.perplexity, 2) for b, x in losses.items()})
+        return row
+
+    def choose_layers(self, stages: Sequence[tuple[Stage, tuple[Segment, ...]]]) -> ConversionPlan:
+        """The recipe's plan with its blocks settled; a measured choice aligns all blocks first.
+
+        Args:
+            stages: the alignment stages of the recipe with their text.
+        """
+        plan = self.recipe.plan
+        if not isinstance(plan.layers, LayerSelection):
+            return plan
+        depth = self.teacher.config.depth
+        if not plan.is_measured:
+            return ConversionPlan(target=plan.target, layers=plan.converted_layers(depth), gqa=plan.gqa)
+        path = self.work / "selection.json"
+        if not path.is_file():
+            everything = ConversionPlan(target=plan.target, gqa=plan.gqa)
+            aligned = self.train(Run("selection", everything, tuple(stages)))
+            scores = layer_scores(self.teacher, aligned.model, self.first_window(), plan.layers.method)
+            kept = select_layers(plan.layers, depth, scores)
+            write_json(path, {"kept": kept, "scores": {str(k): v for k, v in scores.items()}})
+        kept = read_json(path)["kept"]
+        layers = [index for index in range(depth) if index not in kept]
+        return ConversionPlan(target=plan.target, layers=layers, gqa=plan.gqa)
+
+    def close(self) -> None:
+        """Removes what only an unfinished conversion needs."""
+        shutil.rmtree(self.work, ignore_errors=True)
+
+    def _losses(self, name: str, model: MemoryLM) -> dict[str, PositionLosses]:
+        total = self.windows["num_windows"] * len(self.tokens)
+        losses = {}
+        with tqdm(
+            desc=name, unit="window", total=total, disable=not (self.settings.progress and total), leave=False
+        ) as line:
+            for book, ids in self.tokens.items():
+                losses[book] = position_losses(
+                    model, ids, **self.windows, on_window=lambda done, total: line.update()
+                )
+        return losses
+
+
+def layer_scores(
+    teacher: MemoryLM, student: MemoryLM, tokens: Tensor, method: str = "loss"
+) -> dict[int, float]:
+    """How much is lost in each block that is converted, for `select_layers`.
+
+    Args:
+        teacher: the source.
+        student: all blocks converted and aligned, same dtype.
+        tokens: (B, T) ids.
+        method: "mse", the relative squared error of the mixer on the teacher's states; or "loss", the rise of
+            the next-token loss, in nats, when this block alone is converted.
+
+    Returns:
+        block -> score.
+    """
+    with torch.no_grad():
+        layers = range(teacher.config.depth)
+        if method == "mse":
+            return layer_errors(teacher, student, layers, tokens)
+        base = _next_token_loss(teacher, tokens)
+        scores = {}
+        for index in layers:
+            with other_mixers(teacher, student, [index]):
+                scores[index] = _next_token_loss(teacher, tokens) - base
+        return scores
+
+
+@torch.no_grad()
+def window_shares(model: MemoryLM, tokens: Tensor) -> dict[int, float]:
+    """Share of the softmax over the window in the weights of each mixer that also reads a memory.
+
+    Args:
+        tokens: (B, T) ids.
+
+    Returns:
+        block -> mean over tokens, heads and rows; only blocks that record a `window_share`.
+    """
+    shares = {}
+    hidden = model.embed_tokens(tokens)
+    for index, block in enumerate(model.blocks):
+        with probe() as seen:
+            mixed = block.mixer(block.mixer_input(hidden)).hidden
+        if "window_share" in seen:
+            shares[index] = float(
+                torch.stack([share.float().mean() for share in seen["window_share"]]).mean()
+            )
+        hidden = block.after_mixer(hidden, mixed)
+    return shares
+
+
+def _next_token_loss(model: MemoryLM, tokens: Tensor) -> float:
+    logits = model(tokens).logits[:, :-1].float()
+    return float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()))
+
+
+def _write_losses(path: Path, losses: Mapping[str, PositionLosses]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {book: found.losses.contiguous() for book, found in losses.items()}
+    if tensors:
+        with atomic_path(path.with_suffix(".safetensors")) as temporary:
+            write_safetensors_in_place(temporary, tensors)
+    # last: its appearance says that the row is whole
+    write_json(
+        path,
+        {book: {"starts": list(found.starts), "seconds": found.seconds} for book, found in losses.items()},
+    )
+
+
+def _read_losses(path: Path) -> dict[str, PositionLosses]:
+    facts: dict[str, Any] = read_json(path)
+    tensors = read_safetensors(path.with_suffix(".safetensors")) if facts else {}
+    return {
+        book: PositionLosses(tensors[book], tuple(entry["starts"]), entry["seconds"])
+        for book, entry in facts.items()
+    }
