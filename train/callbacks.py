@@ -15,6 +15,10 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 from ..records import results_folder
 from .data.batches import TokenBatch
+from .exact_resume import ExactResume
+from .stopping import StopOnSignal
+
+__all__ = ["ExactResume", "SaveModelFolder", "StopOnSignal", "TrainingProgress", "peak_memory_gib"]
 
 
 class TrainingProgress(ProgressBar):

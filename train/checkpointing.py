@@ -153,12 +153,14 @@ class FolderCheckpointIO(CheckpointIO):
 
     Attributes:
         failure: why the last save failed; None after one that did not.
-        last_saved: the last checkpoint written, which is complete.
+        last_saved: the last checkpoint written, or the one the run goes on from; it is complete.
+        saved_at: when it was written, on the monotonic clock.
     """
 
     def __init__(self) -> None:
         self.failure: str | None = None
         self.last_saved: Path | None = None
+        self.saved_at: float | None = None
         self._spared: list[Path] = []
 
     def save_checkpoint(
@@ -184,7 +186,7 @@ class FolderCheckpointIO(CheckpointIO):
                 kept,
             )
             return
-        self.failure, self.last_saved = None, path
+        self.failure, self.last_saved, self.saved_at = None, path, time.monotonic()
         spared, self._spared = self._spared, []
         for older in spared:
             if older != path:

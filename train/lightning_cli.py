@@ -29,6 +29,8 @@ from ..layers.contract import suggest
 from ..records import refuse_content
 from .callbacks import SaveModelFolder, TrainingProgress
 from .checkpointing import FolderCheckpointIO, newest_checkpoint
+from .exact_resume import ExactResume
+from .stopping import StopOnSignal, check_last_save, way_on
 
 MODEL_TYPES = {"language_model": "memzoo.train.modules:LanguageModelModule"}
 DATA_TYPES = {
@@ -39,6 +41,7 @@ DATA_TYPES = {
 _DEFAULT_TYPES = {"model": "language_model", "data": "text"}
 _REGISTRIES = {"model": MODEL_TYPES, "data": DATA_TYPES}
 
+SAVE_MINUTES = 10.0  # the longest time without a checkpoint
 _SUBCOMMANDS = ("fit", "validate", "test")
 _IMPORTING_SECTIONS = ("trainer.callbacks", "trainer.logger", "trainer.strategy")
 _IMPORT_KEYS = ("class_path", "init_args", "dict_kwargs")
@@ -152,18 +155,15 @@ class TrainCLI(LightningCLI):
                 raise
             signal.signal(signal.SIGINT, handler)
             raise KeyboardInterrupt(self._what_is_left(subcommand)) from None
+        if subcommand == "fit":
+            check_last_save(self.trainer)
 
     def _what_is_left(self, subcommand: str) -> str:
         if subcommand != "fit":
             return f"before the end of {subcommand}"
         if self.trainer.global_step == 0:
             return "before the first step; no model was written"
-        callback = self.trainer.checkpoint_callback
-        saved = getattr(callback, "last_model_path", "") or getattr(callback, "best_model_path", "")
-        done = f"after step {self.trainer.global_step}; no model was written"
-        if not saved:
-            return f"{done} and there is no checkpoint to go on from"
-        return f"{done}. Go on from the last checkpoint with --ckpt_path {saved}"
+        return f"after step {self.trainer.global_step}; no model was written{way_on(self.trainer, None)}"
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The Trainer with our progress line and `last.ckpt`, unless the user names others, and the model."""
@@ -175,6 +175,7 @@ class TrainCLI(LightningCLI):
             callbacks.append(TrainingProgress())
         if self.subcommand == "fit":
             callbacks.append(self._folder)
+            callbacks += [ExactResume(), StopOnSignal(save_minutes=SAVE_MINUTES)]
             keeps = trainer_config.get("enable_checkpointing") is not False
             if keeps and not any(isinstance(callback, Checkpoint) for callback in callbacks):
                 callbacks.append(ModelCheckpoint(save_last=True))

@@ -67,8 +67,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: what follows `memzoo` on the command line; None takes it from the process.
 
     Returns:
-        exit status: 0 done, 2 a mistake of the user (one clean line on stderr), 130 interrupted. With
-        `--debug` as the first argument, or MEMZOO_DEBUG set, a mistake shows its traceback instead.
+        exit status: 0 done, 1 a run without its last checkpoint, 2 a mistake of the user (one clean line on
+        stderr), 130 interrupted, 143 stopped by SIGTERM. With `--debug` as the first argument, or
+        MEMZOO_DEBUG set, a mistake shows its traceback instead.
     """
     args = list(sys.argv[1:] if arguments is None else arguments)
     debug = bool(os.environ.get(DEBUG_VARIABLE))
@@ -87,6 +88,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         left = "before the first step; nothing was written" if args[0] == "train" else ""
         sys.stderr.write(f"\nmemzoo: interrupted {str(stop) or left}".rstrip() + "\n")
         return 130
+    except SystemExit as stop:
+        line = getattr(stop, "line", None)  # of a run that ended before its time
+        if line is None:
+            raise
+        sys.stderr.write(f"\nmemzoo: {line}\n")
+        return int(stop.code or 0)
     except BrokenPipeError:
         # The reader of our output went away (`memzoo list | head`); there is nobody left to tell.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

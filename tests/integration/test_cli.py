@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import inspect
 import json
 import logging
@@ -224,6 +225,50 @@ def test_a_finished_run_says_where_its_model_is_and_can_go_on(
     assert not [warning for warning in recwarn if "dirpath" in str(warning.message)]
     first, longer = load_model(folder / "model").state_dict(), load_model("longer").state_dict()
     assert any(not torch.equal(first[name], longer[name]) for name in first)
+
+
+def test_a_run_stopped_by_a_signal_goes_on_from_its_folder(
+    workplace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from memzoo.train.modules import LanguageModelModule
+
+    step = LanguageModelModule.training_step
+
+    def signalled(self, batch, index):
+        if self.trainer.global_step == 10:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, batch, index)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LanguageModelModule, "training_step", signalled)
+        run("train", "fit", "--config", "recall.yaml", "--data.num_workers", "2", status=143)
+    folder = workplace / "runs" / "recall"
+    last = folder / "version_0" / "checkpoints" / "last.ckpt"
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("memzoo: stopped by SIGTERM after step 11; no model was written. Go on from")
+    assert line.endswith(f"--ckpt_path {last}")
+    run("train", "fit", "--config", "recall.yaml", "--ckpt_path", str(folder), "--output", "resumed")
+    run("train", "fit", "--config", "recall.yaml", "--output", "whole")
+    whole, resumed = load_model("whole").state_dict(), load_model("resumed").state_dict()
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    for subcommand in ("validate", "test"):
+        run("train", subcommand, "--config", "recall.yaml", "--ckpt_path", str(last))
+
+
+def test_a_run_without_its_last_checkpoint_ends_with_an_error(
+    workplace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from memzoo.train import checkpointing
+
+    def full(*arguments: object, **named: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(checkpointing, "write_folder", full)
+    run("train", "fit", "--config", "recall.yaml", "--output", "trained", status=1)
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("memzoo: error: the last checkpoint is missing: ")
+    assert "No space left on device" in line
+    assert load_model("trained"), "the model itself is there"
 
 
 def test_a_run_interrupted_in_its_second_epoch_goes_on_from_last_ckpt(

@@ -7,6 +7,7 @@ workers, and a resumed run goes on with exactly the batch that an uninterrupted 
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -142,6 +143,7 @@ class ResumableLoader(DataLoader[TokenBatch]):
             # The loader draws a seed for its workers at the start of each epoch. From the global generator it
             # would be one draw more in a resumed run, and every random number of the run would differ.
             generator=torch.Generator(),
+            worker_init_fn=_leave_group,
         )
 
     def __iter__(self) -> Iterator[TokenBatch]:  # type: ignore[override]  # the parent names a private class
@@ -162,7 +164,17 @@ class ResumableLoader(DataLoader[TokenBatch]):
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         # A checkpoint written right after the last batch belongs to the next epoch.
-        self._start = state["num_yielded"] % max(len(self), 1)
+        # It is also where a run that saves again before it reads anything stands.
+        self._start = self._num_yielded = state["num_yielded"] % max(len(self), 1)
+
+
+def _leave_group(worker: int) -> None:
+    """Takes a worker out of reach of signals to the whole group of processes, such as Ctrl-C in a terminal.
+
+    The run finishes its step before it stops; a worker would end at once, and the step with it.
+    """
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()
 
 
 def check_loader_settings(*, batch_size: int, num_workers: int) -> None:
