@@ -16,6 +16,7 @@ from typing import Any, Literal, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from ..layers.contract import LayerOutput, MixerConfig, SequenceContext, State, TokenMixer, build_context
@@ -149,7 +150,7 @@ class MemoryLM(nn.Module):
         super().__init__()
         self.config = config
         self.gradient_checkpointing = False
-        with torch.device(device if device is not None else torch.get_default_device()):
+        with torch.device(device if device is not None else torch.get_default_device()), _NoDrawsOnMeta():
             self.embed_tokens = nn.Embedding(config.vocab_size, config.d_model)
             self.layers = nn.ModuleList(
                 DecoderBlock(config, mixer, mlp)
@@ -159,7 +160,7 @@ class MemoryLM(nn.Module):
             self.lm_head = (
                 None if config.tie_embeddings else nn.Linear(config.d_model, config.vocab_size, bias=False)
             )
-        self.init_weights()
+            self.init_weights()
         if dtype is not None:
             self.to(dtype)
 
@@ -440,6 +441,22 @@ def restore_parameter_tags(model: nn.Module, tags: Mapping[str, Mapping[str, Any
     """Puts attributes back that replacing the parameters (meta device, assigning weights) has dropped."""
     for name, parameter in model.named_parameters():
         vars(parameter).update(tags.get(name, {}))
+
+
+class _NoDrawsOnMeta(TorchFunctionMode):
+    """Leaves out the drawing of normal numbers into tensors that have no storage.
+
+    The first such call brings torch's compiler into the process: seconds, and more memory than a small model.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Calls the function, unless it draws for nothing."""
+        kwargs = kwargs or {}
+        if func in (Tensor.normal_, nn.init.normal_):
+            tensor = args[0] if args else kwargs["tensor"]
+            if tensor.is_meta:
+                return tensor
+        return func(*args, **kwargs)
 
 
 def _build_norm(config: ModelConfig) -> RMSNorm | nn.LayerNorm:

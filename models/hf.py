@@ -22,7 +22,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .checkpoints.errors import CheckpointError
 from .checkpoints.files import StrPath, verify_folder, write_folder
-from .checkpoints.folder import CONFIG_NAME, MODEL_TYPE
+from .checkpoints.folder import CONFIG_NAME, MODEL_TYPE, fill_tables
 from .checkpoints.safetensors_files import read_header
 from .decoder import DecoderBlock, MemoryLM, parameter_tags, restore_parameter_tags
 from .hf_cache import MemoryCache
@@ -262,7 +262,7 @@ class MemoryForCausalLM(PreTrainedModel, GenerationMixin):
                 )
         twin = MemoryLM(model.config.model, device="meta")
         restore_parameter_tags(model.model, parameter_tags(twin))
-        _fill_tables(model.model)
+        fill_tables(model.model)
         return (model, info) if wants_info else model
 
     def save_pretrained(self, save_directory: StrPath, *args: Any, **kwargs: Any) -> None:
@@ -403,17 +403,6 @@ def _next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(
         logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten().to(logits.device), ignore_index=-100
     )
-
-
-def _fill_tables(model: MemoryLM) -> None:
-    """Computes the tables that are no weights, which loading leaves empty."""
-    stored = model.state_dict().keys()
-    tables = [name for name, _ in model.named_buffers() if name not in stored]
-    if tables:
-        filled = dict(MemoryLM(model.config, device="cpu").named_buffers())
-        for name, buffer in model.named_buffers():
-            if name in tables:
-                buffer.copy_(filled[name])
 
 
 AutoConfig.register(MODEL_TYPE, MemoryConfig)

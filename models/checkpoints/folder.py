@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...layers.contract import MixerConfig
+from ...layers.registry import build_mixer
 from ..config import ModelConfig
 from ..decoder import MemoryLM, parameter_tags, restore_parameter_tags
 from .errors import CheckpointError
@@ -169,10 +171,10 @@ def read_weights(
         _check_names(str(path), weight_map, {name: info.shape for name, info in file.tensors.items()})
         weights = {}
         for ours, source in weight_map.items():
-            tensor = file.read(source.name)
+            tensor = file.read(source.name, dtype or torch.float32)
             if source.interleaved_heads:
                 tensor = deinterleave(tensor, source.interleaved_heads)
-            weights[ours] = tensor if dtype is None else tensor.to(dtype)
+            weights[ours] = tensor
         return weights
 
     is_own = read_json(path / CONFIG_NAME).get("model_type") == MODEL_TYPE
@@ -236,13 +238,36 @@ def model_from_weights(
     tags = parameter_tags(model)
     model.load_state_dict({name: tensor.to(device) for name, tensor in weights.items()}, assign=True)
     restore_parameter_tags(model, tags)
-    stored = model.state_dict().keys()
-    if any(name not in stored for name, _ in model.named_buffers()):
-        # tables that are no weights are computed by the constructor
-        filled = MemoryLM(config, device=device)
-        filled.load_state_dict(model.state_dict())
-        return filled.to(next(iter(weights.values())).dtype)
+    fill_tables(model)
     return model
+
+
+def fill_tables(model: MemoryLM) -> None:
+    """Computes the tables of mixers that are no weights, which a model built on the meta device lacks.
+
+    One mixer of each kind is built for it, on the CPU, so that the model is never in memory twice.
+
+    Args:
+        model: a model whose weights are loaded; the tables get their device and dtype.
+    """
+    stored = model.state_dict().keys()
+    missing = [name for name, _ in model.named_buffers() if name not in stored]
+    weight = model.embed_tokens.weight
+    known: list[tuple[MixerConfig, dict[str, Tensor]]] = []
+    for index, (block, config) in enumerate(zip(model.blocks, model.config.mixers, strict=True)):
+        prefix = f"layers.{index}.mixer."
+        names = [name.removeprefix(prefix) for name in missing if name.startswith(prefix)]
+        if not names:
+            continue
+        tables = next((found for other, found in known if other == config), None)
+        if tables is None:
+            with torch.device("cpu"), torch.random.fork_rng(devices=[]):
+                tables = dict(build_mixer(config).named_buffers())
+            known.append((config, tables))
+        for name in names:
+            dtype = weight.dtype if tables[name].is_floating_point() else tables[name].dtype
+            place, _, leaf = name.rpartition(".")
+            setattr(block.mixer.get_submodule(place), leaf, tables[name].to(weight.device, dtype, copy=True))
 
 
 def export_llama_folder(

@@ -27,6 +27,7 @@ from .files import StrPath
 MAX_RANK = 4
 MAX_NAME_BYTES = 65_535
 DEFAULT_ALIGNMENT = 32
+BLOCK_VALUES = 1 << 20  # dequantised at once
 
 MetadataValue = int | float | bool | str | list[int] | list[float] | list[bool] | list[str]
 
@@ -98,8 +99,12 @@ class GGUFFile:
             )
         return value
 
-    def read(self, name: str) -> Tensor:
-        """Dequantises one tensor to float32.
+    def read(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Dequantises one tensor, block of rows by block of rows, so that only the result is ever whole.
+
+        Args:
+            name: one of `tensors`.
+            dtype: of the result; values are dequantised in float32 first.
 
         Raises:
             CheckpointError: no such tensor, or its type is not one of weights.
@@ -109,18 +114,24 @@ class GGUFFile:
         if name not in self.tensors:
             raise CheckpointError(f"{self.path} has no tensor {name!r}.")
         info = self.tensors[name]
-        raw = self._bytes[info.offset : info.offset + info.num_bytes]
-        if info.type_name == "F64":
-            return torch.from_numpy(raw.view("<f8").astype(np.float32).reshape(info.shape))
-        rows = raw.reshape(*info.shape[:-1], info.num_bytes // math.prod(info.shape[:-1]))
-        try:
-            with np.errstate(all="ignore"):
-                values = gguf.dequantize(rows, gguf.GGMLQuantizationType[info.type_name])
-        except NotImplementedError as error:
-            raise CheckpointError(
-                f"{self.path}: {name} has type {info.type_name}, which cannot be turned into weights."
-            ) from error
-        return torch.from_numpy(np.array(values, dtype=np.float32).reshape(info.shape))
+        num_rows, width = math.prod(info.shape[:-1]), info.shape[-1]
+        raw = self._bytes[info.offset : info.offset + info.num_bytes].reshape(num_rows, -1)
+        out = torch.empty(num_rows, width, dtype=dtype)
+        step = max(1, BLOCK_VALUES // width)
+        for low in range(0, num_rows, step):
+            rows = raw[low : low + step]
+            if info.type_name == "F64":
+                values = rows.view("<f8")
+            else:
+                try:
+                    with np.errstate(all="ignore"):
+                        values = gguf.dequantize(rows, gguf.GGMLQuantizationType[info.type_name])
+                except NotImplementedError as error:
+                    raise CheckpointError(
+                        f"{self.path}: {name} has type {info.type_name}, which cannot be turned into weights."
+                    ) from error
+            out[low : low + step] = torch.from_numpy(np.array(values, dtype=np.float32))
+        return out.view(info.shape)
 
 
 def open_gguf(path: StrPath) -> GGUFFile:

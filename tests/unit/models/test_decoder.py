@@ -1,6 +1,8 @@
 """MemoryLM keeps the promises of the layer contract over token ids."""
 
 import copy
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -261,3 +263,21 @@ def test_state_saves_and_loads(tmp_path):
         loaded = ModelState.load(tmp_path / "state.safetensors")
         assert_states_close(loaded, state, 0.0)
         assert torch.equal(model(ids[:, 5:], loaded).logits, model(ids[:, 5:], state).logits)
+
+
+def test_a_model_on_the_meta_device_brings_no_compiler_along():
+    """The first draw on that device would: seconds, and 75 MB that no later call gives back."""
+    script = (
+        "import sys\n"
+        "from memzoo.layers.registry import list_mixers\n"
+        "from memzoo.models.config import ModelConfig\n"
+        "from memzoo.models.decoder import MemoryLM\n"
+        "composites = ('parallel', 'sequential')\n"
+        "layers = [{'type': name} for name in list_mixers() if name not in composites]\n"
+        "defaults = {'num_heads': 2, 'window_size': 4}\n"
+        "config = ModelConfig(vocab_size=8, d_model=8, layers=layers, mixer_defaults=defaults)\n"
+        "MemoryLM(config, device='meta')\n"
+        "assert 'torch._dynamo' not in sys.modules\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -2,12 +2,14 @@
 
 import random
 import struct
+import tracemalloc
 
 import gguf
 import numpy as np
 import pytest
 import torch
 
+from memzoo.models.checkpoints import gguf_files
 from memzoo.models.checkpoints.errors import CheckpointError
 from memzoo.models.checkpoints.gguf_files import GGUFFile, open_gguf
 
@@ -56,6 +58,31 @@ def test_agrees_with_the_gguf_package(tmp_path, quantization):
         actual = file.read(tensor.name)
         assert actual.dtype == torch.float32
         assert torch.equal(actual, expected.float().reshape(actual.shape))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_blocks_of_rows_change_no_value_and_keep_little_in_memory(tmp_path, monkeypatch, dtype):
+    path = tmp_path / "large.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    values = np.random.default_rng(0).standard_normal((1000, 320), dtype=np.float32)
+    kind = gguf.GGMLQuantizationType.Q8_0
+    writer.add_tensor("x", gguf.quantize(values, kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    file = open_gguf(path)
+    whole = file.read("x", dtype)
+    assert whole.dtype == dtype
+    assert torch.equal(whole, file.read("x").to(dtype))
+    monkeypatch.setattr(gguf_files, "BLOCK_VALUES", 7 * 320)
+    tracemalloc.start()
+    try:
+        assert torch.equal(file.read("x", dtype), whole)
+        _, peak = tracemalloc.get_traced_memory()  # numpy's arrays; the result is torch's
+    finally:
+        tracemalloc.stop()
+    assert peak < values.nbytes / 5
 
 
 def test_500_damaged_files(tmp_path):

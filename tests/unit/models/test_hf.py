@@ -12,6 +12,8 @@ import transformers
 
 from memzoo.layers import registry
 from memzoo.layers.attention import Attention, AttentionConfig
+from memzoo.layers.registry import build_mixer
+from memzoo.models.checkpoints import folder
 from memzoo.models.checkpoints.errors import CheckpointError
 from memzoo.models.checkpoints.files import MANIFEST_NAME
 from memzoo.models.checkpoints.folder import load_model
@@ -492,3 +494,17 @@ def test_tables_that_are_no_weights_are_computed_when_loading(tmp_path, monkeypa
     assert torch.equal(load_model(tmp_path)(ids).logits, expected)
     low = load_model(tmp_path, dtype=torch.bfloat16)
     assert {tensor.dtype for tensor in (*low.parameters(), *low.buffers())} == {torch.bfloat16}
+
+
+def test_tables_cost_one_mixer_of_each_kind_and_no_random_number(tmp_path, monkeypatch):
+    monkeypatch.setitem(registry._MIXERS, "table", registry.MixerEntry(TableAttention, AttentionConfig))
+    small_model(layers=[{"type": "table"}] * 4).save_pretrained(tmp_path)
+    built = []
+    monkeypatch.setattr(folder, "build_mixer", lambda config: built.append(config) or build_mixer(config))
+    before = torch.get_rng_state()
+    model = load_model(tmp_path)
+    assert len(built) == 1
+    assert torch.equal(torch.get_rng_state(), before)
+    tables = [block.mixer.table for block in model.blocks]
+    assert len({table.data_ptr() for table in tables}) == 4
+    assert all(bool((table == 0.5).all()) for table in tables)
