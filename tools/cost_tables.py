@@ -198,7 +198,9 @@ def draw(name: str) -> None:
 def field_table(name: str, page: Path) -> str:
     """Fields of a mixer config (`attention`) or of another class, with defaults and meaning."""
     rows = [
-        [f"`{field}`", kind, default, meaning] for field, kind, default, meaning in fields_of(_class(name))
+        [f"`{field}`", kind, default, meaning]
+        for field, kind, default, meaning in fields_of(_class(name))
+        if not (name.startswith("task_") and field == "seq_len")  # the lengths stand beside a task
     ]
     return markdown(["field", "type", "default", "meaning"], rows)
 
@@ -269,6 +271,14 @@ def _class(name: str) -> type:
         from memzoo.train.data.datasets_source import DatasetSource
 
         return DatasetSource
+    if name == "data_task":
+        from memzoo.train.data.task_module import TaskDataModule
+
+        return TaskDataModule
+    if name.startswith("task_"):
+        from memzoo.train.data.tasks import TASKS
+
+        return TASKS[name.removeprefix("task_")]
     if name == "data_mqar":
         from memzoo.train.data.mqar_module import MQARDataModule
 
@@ -310,6 +320,7 @@ def _kind(annotation: Any) -> str:
         "OptimizerConfig": "mapping",
         "LayerSelection": "selection",
         "Sequence[Stage | Mapping[str, Any]]": "list of stages",
+        "tuple[float, float]": "pair of numbers",
     }
     if text in plain:
         return plain[text]

@@ -36,6 +36,7 @@ MODEL_TYPES = {"language_model": "memzoo.train.modules:LanguageModelModule"}
 DATA_TYPES = {
     "mqar": "memzoo.train.data.mqar_module:MQARDataModule",
     "stream": "memzoo.train.data.stream_module:StreamDataModule",
+    "task": "memzoo.train.data.task_module:TaskDataModule",
     "text": "memzoo.train.data.text:TextDataModule",
 }
 _DEFAULT_TYPES = {"model": "language_model", "data": "text"}

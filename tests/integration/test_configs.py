@@ -35,13 +35,20 @@ SMALL = {
         "max_val_windows": 2,
         "shuffle_buffer": 4,
     },
+    "task": {
+        "train_lengths": [32],
+        "eval_lengths": [32, 64],
+        "num_batches": 3,
+        "num_eval_examples": 4,
+        "batch_size": 4,
+    },
     "text": {"seq_len": 64, "batch_size": 2, "max_val_windows": 2},
 }
 
 
 def test_there_are_configurations_of_both_kinds() -> None:
     assert len(MODELS) >= 4
-    assert {"train/mqar_based", "train/mqar_window", "train/text_small"} <= set(RUNS)
+    assert {"train/mqar_based", "train/mqar_window", "train/needle_based", "train/text_small"} <= set(RUNS)
     assert all(configs.summary(name) for name in MODELS + RUNS)
 
 

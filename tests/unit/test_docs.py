@@ -159,11 +159,12 @@ def test_make_targets_and_files_exist(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_types_are_registered(page: Path) -> None:
+    from memzoo.train.data.tasks import TASKS
     from memzoo.train.lightning_cli import DATA_TYPES, MODEL_TYPES
 
     text = page.read_text(encoding="utf-8")
     own = set(re.findall(r"register_mixer\(\"(\w+)\"", text))
-    known = {*list_mixers(), *MLP_TYPES, *DATA_TYPES, *MODEL_TYPES, *own}
+    known = {*list_mixers(), *MLP_TYPES, *DATA_TYPES, *MODEL_TYPES, *TASKS, *own}
     named = set(re.findall(r"\btype\"?: \"?(\w+)\"?(?=[,}\n])", text))
     assert named <= known, sorted(named - known)
 
