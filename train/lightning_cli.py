@@ -34,6 +34,7 @@ from .stopping import StopOnSignal, check_last_save, way_on
 
 MODEL_TYPES = {"language_model": "memzoo.train.modules:LanguageModelModule"}
 DATA_TYPES = {
+    "chat": "memzoo.train.data.chat:ChatDataModule",
     "mqar": "memzoo.train.data.mqar_module:MQARDataModule",
     "stream": "memzoo.train.data.stream_module:StreamDataModule",
     "task": "memzoo.train.data.task_module:TaskDataModule",

@@ -22,6 +22,7 @@ from memzoo.train.lightning_cli import TrainCLI
 MODELS = [name for name in configs.names() if name.startswith("models/")]
 RUNS = [name for name in configs.names() if name.startswith("train/")]
 SMALL = {
+    "chat": {"files": ["talks.jsonl"], "seq_len": 64, "batch_size": 2},
     "mqar": {
         "train_segments": [{"input_seq_len": 64, "num_kv_pairs": 4, "num_examples": 24}],
         "batch_size": 8,
@@ -86,6 +87,8 @@ def test_the_shipped_evaluation_measures_a_model(tmp_path: Path, monkeypatch: py
 def test_runs_train_three_steps(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps({"text": "a story " * n}) for n in range(20)))
+    talk = {"messages": [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because."}]}
+    (tmp_path / "talks.jsonl").write_text("\n".join([json.dumps(talk)] * 12))
     content = yaml.safe_load(configs.find(name).read_text())
     small = [f"--data.{key}={json.dumps(value)}" for key, value in SMALL[content["data"]["type"]].items()]
     run = ["--trainer.max_steps=3", "--trainer.limit_val_batches=1", "--trainer.accelerator=cpu"]

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -90,6 +91,28 @@ class BatchSource(Dataset[TokenBatch], ABC):
 
     def __getitem__(self, key: tuple[int, int]) -> TokenBatch:
         return self.batch(*key)
+
+
+class EpochOrder:
+    """The order in which things are read in an epoch.
+
+    Args:
+        count: how many there are.
+        shuffle: a random order, drawn from ``seed`` and the epoch; else their own.
+        seed: seed of the order.
+    """
+
+    def __init__(self, count: int, *, shuffle: bool = False, seed: int = 0) -> None:
+        self.count, self.shuffle, self.seed = count, shuffle, seed
+        self._latest: tuple[int, np.ndarray] | None = None
+
+    def __call__(self, epoch: int) -> np.ndarray:
+        """Their numbers, (count,), in the order of an epoch."""
+        if not self.shuffle:
+            return np.arange(self.count)
+        if self._latest is None or self._latest[0] != epoch:
+            self._latest = (epoch, np.random.default_rng([self.seed, epoch]).permutation(self.count))
+        return self._latest[1]
 
 
 class EpochSampler(DistributedSampler[Any]):

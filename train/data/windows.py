@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .batches import BatchSource, TokenBatch
+from .batches import BatchSource, EpochOrder, TokenBatch
 from .mqar import IGNORE_INDEX
 
 # Dimensions: L tokens of all documents, N documents, B windows of a batch, T tokens of a window
@@ -75,33 +75,23 @@ class WindowBatches(BatchSource):
         self.seq_len = seq_len
         self.batch_size = batch_size
         self.reset_at_documents = reset_at_documents
-        self.shuffle = shuffle
-        self.seed = seed
         self.num_windows = max(len(stream) - 1, 0) // seq_len
         if max_windows is not None:
             self.num_windows = min(self.num_windows, max_windows)
-        self._order: tuple[int, np.ndarray] | None = None
+        self._order = EpochOrder(self.num_windows, shuffle=shuffle, seed=seed)
 
     @property
     def num_batches(self) -> int:
         return -(-self.num_windows // self.batch_size)
 
     def batch(self, epoch: int, index: int) -> TokenBatch:
-        numbers = self._epoch_order(epoch)[index * self.batch_size : (index + 1) * self.batch_size]
+        numbers = self._order(epoch)[index * self.batch_size : (index + 1) * self.batch_size]
         starts = torch.from_numpy(numbers) * self.seq_len  # (B,)
         positions = starts[:, None] + torch.arange(self.seq_len + 1)  # (B, T + 1)
         return window_batch(
             self.stream.tokens[positions],
             torch.isin(positions, self.stream.starts) if self.reset_at_documents else None,
         )
-
-    def _epoch_order(self, epoch: int) -> np.ndarray:
-        if not self.shuffle:
-            return np.arange(self.num_windows)
-        if self._order is None or self._order[0] != epoch:
-            order = np.random.default_rng([self.seed, epoch]).permutation(self.num_windows)
-            self._order = (epoch, order)
-        return self._order[1]
 
 
 def window_batch(tokens: Tensor, is_start: Tensor | None) -> TokenBatch:
