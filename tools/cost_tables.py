@@ -263,6 +263,10 @@ def _class(name: str) -> type:
         from memzoo.train.data.text import TextDataModule
 
         return TextDataModule
+    if name == "data_chat":
+        from memzoo.train.data.chat import ChatDataModule
+
+        return ChatDataModule
     if name == "data_stream":
         from memzoo.train.data.stream_module import StreamDataModule
 

@@ -185,7 +185,7 @@ class StreamLoader:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         # A checkpoint written right after the last batch belongs to the next epoch.
-        self._start = state["num_yielded"] % self.num_batches
+        self._start = self._num_yielded = state["num_yielded"] % self.num_batches
         self.windows.load_state_dict(state["windows"])
 
     def _batch(self) -> TokenBatch:
