@@ -65,7 +65,7 @@ def convert(source: Path, folder: Path, recipe: ConversionRecipe, **options: obj
     """Trains on a few sentences, without measuring on books."""
     text = source / "text.txt"
     text.write_text(load_text("state_of_the_union")[0].text[:4000], encoding="utf-8")
-    recipe = replace(recipe, texts=(), files=(str(text),))
+    recipe = replace(recipe, data={"files": str(text)})
     return convert_and_compare(
         memzoo.load(source), str(source), recipe, folder, tokens={}, settings=QUIET, **options
     )[1]
@@ -266,8 +266,7 @@ def stage(text: str, of: str = "{name: tune, loss: {kl: 1}, train: lora, steps: 
         (stage("window_dropout: 1.5"), "window_dropout must be a share"),
         (stage("normalize: 3"), "normalize must be true or false"),
         (stage("schedule: plateau"), "schedule must be cosine, linear or constant"),
-        ("files: mytext.txt", r"files must be a list .* Write \[NAME"),
-        ("texts: [3]", "texts must be a list"),
+        ("data: mytext.txt", "data must be a mapping"),
         ("layers: []", "layers must name a block"),
         ("layers: {method: unifrom}", "Did you mean 'uniform'"),
         ("layers: {keep: 1.5}", "a share below 1, got 1.5"),
@@ -331,8 +330,13 @@ def test_a_mistake_is_told_before_any_work(
         (stage("seq_len: 64"), "seq_len must be above window_size + num_sinks = 68"),
         (stage("{loss: {hidden: 1}, train: new}"), "no stage with the loss kl or ce"),
         ("{layers: {method: mse}, " + stage("{}") + "}", "need an alignment stage"),
-        ("texts: [state_of_union]", "state_of_the_union"),
-        ("files: [nowhere.txt]", "nowhere.txt"),
+        ("data: {texts: [state_of_union]}", "state_of_the_union"),
+        ("data: {files: nowhere.txt}", "nowhere.txt"),
+        ("data: {text: emma}", "data: unknown key 'text'. Did you mean 'texts'"),
+        ("data: {texts: emma, seq_len: 3}", "seq_len is set by the stages"),
+        ("data: {type: mqar}", "data type 'mqar' has no text for a conversion"),
+        ("data: {append_eos: true}", "no text to train on"),
+        ("data: {dataset: {paht: x}}", "data: unknown key 'paht' in dataset. Did you mean 'path'"),
     ],
 )
 def test_a_recipe_that_does_not_fit_is_refused_before_the_teacher_is_loaded(
@@ -497,9 +501,20 @@ def test_layers_are_chosen_and_the_control_has_the_same(source: Path, tmp_path: 
     assert {"uniform": [1], "even_odd": [0]}.get(method, [layer]) == [layer]
 
 
-def test_the_bundled_text_is_read_only_where_nothing_else_is_named() -> None:
-    assert ConversionRecipe().texts == ("state_of_the_union",)
-    assert ConversionRecipe(files=["mine.txt"]).texts == ()
+def test_batches_may_be_accumulated_and_blocks_run_again(source: Path, tmp_path: Path) -> None:
+    found = {}
+    for name, sizes in (("one", {"batch_size": 4}), ("two", {"batch_size": 2, "accumulate": 2})):
+        stages = [{**TUNE, **sizes, "recompute": name == "two"}]
+        found[name] = convert(source, tmp_path / name, ConversionRecipe(target=TARGET, stages=stages))
+    for run in ("hybrid", "control"):
+        one, two = found["one"][run], found["two"][run]
+        assert one.num_tokens == two.num_tokens == 3 * 4 * 24
+        assert len(two.stages[0].history["loss"]) == 6
+        pairs = zip(one.model.parameters(), two.model.parameters(), strict=True)
+        assert max(float((a - b).detach().abs().max()) for a, b in pairs) < 2e-2  # bfloat16, other sums
+        assert one.stages[0].history["loss"][0] == pytest.approx(
+            sum(two.stages[0].history["loss"][:2]) / 2, rel=1e-2
+        )
 
 
 def test_steps_of_stages_are_replaced_by_name() -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import yaml
 
 from ... import __version__
+from ..data.documents import names
 from .comparison import Row, comparison_table
 from .recipe import ConversionRecipe, recipe_dict
 from .workshop import Conversion
@@ -48,7 +49,12 @@ def model_card(
         else f"A hybrid with `{recipe.target['type']}` mixers, converted"
     )
     layers = conversion.report.layers
-    texts = ", ".join([*recipe.texts, *(Path(file).name for file in recipe.files)])
+    data = recipe.data
+    texts = ", ".join(
+        [*names(data.get("texts", ())), *(Path(file).name for file in names(data.get("files", ())))]
+    )
+    if "dataset" in data:
+        texts = ", ".join(filter(None, [texts, f"data set {Path(str(data['dataset'].get('path'))).name}"]))
     stages = "\n".join(
         f"| {facts.name} | {facts.steps:,} | {facts.num_tokens:,} "
         f"| {sum(facts.trained.values()) + facts.num_low_rank:,} |"

@@ -19,9 +19,10 @@ from ...layers.contract import LayerOutput, TokenMixer
 from ...models.conversion import relative_error
 from ...models.decoder import MemoryLM
 from ..data.batches import TokenBatch
+from ..data.mqar import IGNORE_INDEX
 from ..optim import OptimizerConfig, build_optimizer, lr_factor
 from .losses import attention_transfer_loss, hidden_alignment_loss
-from .teacher import TeacherReadings
+from .teacher import TeacherReadings, last_hidden
 
 # Dimensions: B rows, T tokens, M model width, V vocabulary
 
@@ -42,7 +43,8 @@ class StudentModule(LightningModule):
         seed: of the choice of these steps.
 
     Attributes:
-        history: losses of every step so far, name -> values.
+        history: losses of every batch so far, name -> values.
+        num_tokens: tokens read so far.
     """
 
     def __init__(
@@ -60,6 +62,7 @@ class StudentModule(LightningModule):
         self.optimizer_config = optimizer
         self.window_dropout, self.seed = window_dropout, seed
         self.history: dict[str, list[float]] = {}
+        self.num_tokens = 0
         self.strict_loading = False
 
     @property
@@ -80,7 +83,7 @@ class StudentModule(LightningModule):
         checkpoint["state_dict"] = {
             name: tensor for name, tensor in checkpoint["state_dict"].items() if name in trained
         }
-        checkpoint["history"] = self.history
+        checkpoint["history"], checkpoint["num_tokens"] = self.history, self.num_tokens
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
@@ -91,7 +94,7 @@ class StudentModule(LightningModule):
                 f"the checkpoint is of another stage: {odd[0]!r} is not on both sides ({len(odd)} such). "
                 "Start the conversion anew with --overwrite."
             )
-        self.history = checkpoint["history"]
+        self.history, self.num_tokens = checkpoint["history"], checkpoint["num_tokens"]
 
     def note(self, name: str, value: Tensor, *, in_line: bool = False) -> None:
         """Keeps a figure of this step, and shows it in the progress line if asked."""
@@ -134,6 +137,7 @@ class AlignmentModule(StudentModule):
 
     def training_step(self, batch: TokenBatch, batch_idx: int) -> Tensor:
         losses = []
+        self.num_tokens += batch.num_tokens
         assert isinstance(self.student, MemoryLM)
         overrides = self.overrides(self.global_step)
         hidden = self.teacher.embed_tokens(batch.input_ids)  # (B, T, M)
@@ -215,25 +219,18 @@ class DistillModule(StudentModule):
             )
 
     def training_step(self, batch: TokenBatch, batch_idx: int) -> Tensor:
-        out = self.student(
-            batch.input_ids,
-            mask=batch.mask,
-            cu_seqlens=batch.cu_seqlens,
-            overrides=self.overrides(self.global_step),
-            return_hidden_states=True,
-            last_only=True,
-        )
-        is_real = slice(None) if batch.mask is None else batch.mask.flatten()
-        hidden = out.hidden_states[-1].flatten(0, 1)[is_real]  # (B T, M)
+        self.num_tokens += batch.num_tokens
+        asked = (batch.labels != IGNORE_INDEX).flatten()  # (B T,)
+        hidden = last_hidden(self.student, batch, self.overrides(self.global_step)).flatten(0, 1)[asked]
         weight = self._network.head_weight
         loss = hidden.new_zeros((), dtype=torch.float32)
         if self.kl_weight:
-            read = self.readings.hidden(self.teacher, batch).flatten(0, 1)[is_real]
+            read = self.readings.hidden(self.teacher, batch).flatten(0, 1)[asked]
             kl = linear_divergence(hidden, weight, read, self.teacher.head_weight)
             self.note("kl", kl, in_line=True)
             loss = loss + self.kl_weight * kl
         if self.ce_weight:
-            ce = linear_cross_entropy(hidden, weight, batch.labels.flatten()[is_real])
+            ce = linear_cross_entropy(hidden, weight, batch.labels.flatten()[asked])
             self.note("ce", ce, in_line=True)
             loss = loss + self.ce_weight * ce
         self.note("loss", loss)

@@ -17,9 +17,8 @@ from ...layers.contract import suggest
 from ...models.config import ModelConfig
 from ...models.conversion import ConversionPlan, LayerSelection, converted_config, memory_off, window_of
 from ...models.decoder import MemoryLM
-from ..data.documents import check_text_file
-from ..data.texts import load_text
 from ..optim import OptimizerConfig
+from .data import DEFAULT_DATA, check_data
 from .updates import linear_layers, lora_size
 
 ALIGNMENT_LOSSES = ("mixer_out", "attn_out", "hidden")
@@ -36,13 +35,16 @@ class Stage:
         name: of its rows and files.
         loss: loss -> weight. Each new mixer on its teacher's hidden states: `mixer_out` (squared error of its
             output), `attn_out` (of its heads), `hidden` (length of the error of its output). Or the whole
-            model on its own states: `kl` (divergence from the teacher), `ce` (next token).
+            model on its own states, over labelled tokens: `kl` (divergence from the teacher), `ce` (next
+            token).
         train: "new" (parameters that the source does not have), "mixers" (all of the new mixers), "lora"
             (low-rank updates), or "all".
         steps: optimiser steps.
         lr: peak learning rate.
         seq_len: tokens of one window of text.
-        batch_size: windows per step.
+        batch_size: windows per batch.
+        accumulate: batches per optimiser step.
+        recompute: run blocks again in the backward pass instead of keeping what they computed (end to end).
         normalize: divide alignment losses by the size of the teacher's output, layer by layer.
         window_dropout: share of the steps in which every window is shrunk to the token itself (and sinks),
             so that the memory has to carry the rest.
@@ -62,6 +64,8 @@ class Stage:
     lr: float
     seq_len: int = 1024
     batch_size: int = 1
+    accumulate: int = 1
+    recompute: bool = False
     normalize: bool = True
     window_dropout: float = 0.0
     lora_rank: int = 16
@@ -100,7 +104,7 @@ class Stage:
                 f"{where}: an alignment trains parts of the new mixers, got train={self.train!r}. "
                 "Use new or mixers."
             )
-        for name in ("steps", "seq_len", "batch_size", "lora_rank", "warmup_steps"):
+        for name in ("steps", "seq_len", "batch_size", "accumulate", "lora_rank", "warmup_steps"):
             value, least = getattr(self, name), int(name != "steps" and name != "warmup_steps")
             if name == "warmup_steps" and value is None:
                 continue
@@ -114,8 +118,9 @@ class Stage:
             raise ValueError(
                 f"{where}: window_dropout must be a share, at most 1, got {self.window_dropout}."
             )
-        if not isinstance(self.normalize, bool):
-            raise ValueError(f"{where}: normalize must be true or false, got {self.normalize!r}.")
+        for name in ("normalize", "recompute"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{where}: {name} must be true or false, got {getattr(self, name)!r}.")
         _check_names(f"{where}: lora_targets", self.lora_targets)
         self.optimizer  # noqa: B018  # raises on an unknown schedule
 
@@ -123,10 +128,6 @@ class Stage:
     def is_alignment(self) -> bool:
         """Whether the mixers are compared one by one, on the teacher's hidden states."""
         return next(iter(self.loss)) in ALIGNMENT_LOSSES
-
-    @property
-    def num_tokens(self) -> int:
-        return self.steps * self.batch_size * self.seq_len
 
     @property
     def optimizer(self) -> OptimizerConfig:
@@ -174,8 +175,8 @@ class ConversionRecipe:
         stages: stages of training, in order.
         control: window and sinks of the rows without a memory; None takes those of the target (64 and 4
             where it has none).
-        texts: bundled training texts, by name; state_of_the_union where no files are given either.
-        files: local training texts.
+        data: the training text: arguments of a data module of `memzoo train` (its `type`, text unless given)
+            without tokenizer and sizes.
         seed: of initialisation and data order.
     """
 
@@ -184,8 +185,7 @@ class ConversionRecipe:
     gqa: str = "keep"
     stages: Sequence[Stage | Mapping[str, Any]] = field(default_factory=_default_stages)
     control: Mapping[str, int] | None = None
-    texts: Sequence[str] = ()
-    files: Sequence[str] = ()
+    data: Mapping[str, Any] = field(default_factory=lambda: dict(DEFAULT_DATA))
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -206,8 +206,8 @@ class ConversionRecipe:
             raise ValueError(f"stages must have names of their own, got {names}.")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
             raise ValueError(f"seed must be an integer of at least 0, got {self.seed!r}.")
-        for name in ("texts", "files"):
-            _check_names(name, getattr(self, name))
+        if not isinstance(self.data, Mapping):
+            raise ValueError(f"data must be a mapping, got {self.data!r}. Write {{texts: [NAME, ...]}}.")
         if self.control is not None:
             wrong = not isinstance(self.control, Mapping) or not set(self.control) <= set(DEFAULT_WINDOW)
             if wrong or "window_size" not in self.control:
@@ -215,8 +215,6 @@ class ConversionRecipe:
                     f"control must give window_size and may give num_sinks, got {self.control!r}. "
                     "Write {window_size: 64, num_sinks: 4}."
                 )
-        if not self.texts and not self.files:
-            object.__setattr__(self, "texts", ("state_of_the_union",))
 
     @property
     def plan(self) -> ConversionPlan:
@@ -342,10 +340,7 @@ def check_recipe(recipe: ConversionRecipe, source: ModelConfig, *, with_control:
                 f"stage {stage.name!r}: seq_len must be above window_size + num_sinks = {reach}, got "
                 f"{stage.seq_len}: no token would ever reach the memory."
             )
-    for name in recipe.texts:
-        load_text(name)
-    for file in recipe.files:
-        check_text_file(file)
+    check_data(recipe.data)
 
 
 def control_plan(recipe: ConversionRecipe, num_sinks: int | None = None) -> ConversionPlan:

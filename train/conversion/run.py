@@ -134,7 +134,7 @@ def convert_and_compare(
     shop.measure("hybrid, memory branch off", lambda: hybrid.model, hybrid.num_trained, memory_off)
     last = recipe.last_end_to_end
     if wanted.ablations and last is not None and len(hybrid_stages) > 1:
-        merged = replace(last, name="end-to-end", steps=sum(part.steps for part in text))
+        merged = merged_stage(recipe, last, "end-to-end")
         unaligned = train(Run("unaligned", plan, ((merged, tuple(text)),)))
         shop.measure(UNALIGNED_ROW, lambda: unaligned.model, unaligned.num_trained)
     if wanted.control and last is not None:
@@ -150,9 +150,20 @@ def segments(recipe: ConversionRecipe) -> list[Segment]:
     found = []
     for stage in recipe.all_stages:
         size = (stage.seq_len, stage.batch_size)
-        found.append(Segment(*size, first=read.get(size, 0), steps=stage.steps))
-        read[size] = read.get(size, 0) + stage.steps
+        count = stage.steps * stage.accumulate
+        found.append(Segment(*size, first=read.get(size, 0), num_batches=count))
+        read[size] = read.get(size, 0) + count
     return found
+
+
+def merged_stage(recipe: ConversionRecipe, last: Stage, name: str) -> Stage:
+    """One end-to-end stage over all batches of a recipe, as large as those of its last one.
+
+    The number of batches is that of the recipe; a last step may be smaller where stages accumulate
+    differently.
+    """
+    num_batches = sum(part.num_batches for part in segments(recipe))
+    return replace(last, name=name, steps=-(-num_batches // last.accumulate))
 
 
 def control_stage(recipe: ConversionRecipe, last: Stage, hybrid: Conversion, window: MemoryLM) -> Stage:
@@ -161,9 +172,8 @@ def control_stage(recipe: ConversionRecipe, last: Stage, hybrid: Conversion, win
     Where the hybrid trained whole mixers or everything, so does the control; else it gets low-rank updates of
     the rank that comes nearest.
     """
-    steps = sum(stage.steps for stage in recipe.all_stages)
     kinds = {stage.train for stage in recipe.all_stages if stage.steps}
-    stage = replace(last, name="tune", steps=steps, window_dropout=0.0, new_lr_scale=0.0)
+    stage = replace(merged_stage(recipe, last, "tune"), window_dropout=0.0, new_lr_scale=0.0)
     if "all" in kinds:
         return replace(stage, train="all")
     per_rank = lora_size(window, last.lora_targets)

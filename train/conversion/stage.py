@@ -45,13 +45,13 @@ class Segment:
     Attributes:
         seq_len, batch_size: of a batch.
         first: number of the first of them in the order of the text.
-        steps: how many.
+        num_batches: how many.
     """
 
     seq_len: int
     batch_size: int
     first: int
-    steps: int
+    num_batches: int
 
 
 class SegmentBatches(BatchSource):
@@ -67,13 +67,13 @@ class SegmentBatches(BatchSource):
 
     @property
     def num_batches(self) -> int:
-        return sum(segment.steps for segment, _ in self.parts)
+        return sum(segment.num_batches for segment, _ in self.parts)
 
     def batch(self, epoch: int, index: int) -> TokenBatch:
         for segment, source in self.parts:
-            if index < segment.steps:
+            if index < segment.num_batches:
                 return source.batch(*divmod(segment.first + index, source.num_batches))
-            index -= segment.steps
+            index -= segment.num_batches
         raise IndexError(f"there are {self.num_batches} batches.")
 
 
@@ -92,7 +92,7 @@ class StageFacts:
 
     name: str
     steps: int
-    num_tokens: int
+    num_tokens: int = 0
     trained: dict[str, int] = field(default_factory=dict)
     num_low_rank: int = 0
     seconds: float = 0.0
@@ -134,7 +134,7 @@ def run_stage(
     """Trains the student in place, or gives it the weights that the stage has left in `folder`.
 
     Args:
-        stage: what to do; its steps are those of the segments.
+        stage: what to do; the segments hold its batches.
         layers: blocks that were converted.
         fresh: names of the parameters that the source does not have.
         segments, sources: the text, as in `SegmentBatches`.
@@ -148,11 +148,7 @@ def run_stage(
     running = folder.with_name(f"{folder.name}.running")
     seed_everything(seed, verbose=False)
     names = trained_names(stage, student, layers, fresh)
-    facts = StageFacts(
-        stage.name,
-        sum(segment.steps for segment in segments),
-        sum(segment.steps * segment.batch_size * segment.seq_len for segment in segments),
-    )
+    facts = StageFacts(stage.name, stage.steps)
     if stage.train == "lora":
         facts.num_low_rank = stage.lora_rank * lora_size(student, stage.lora_targets)
     with _trainable(stage, student, names) as network:
@@ -160,9 +156,11 @@ def run_stage(
             name: parameter.numel() for name, parameter in student.named_parameters() if name in names
         }
         module = _module(stage, network, teacher, layers, readings, seed)
+        student.gradient_checkpointing = stage.recompute
         if facts.steps:
             facts.seconds = _fit(module, SegmentBatches(segments, sources), stage, running, settings, label)
-        facts.history = module.history
+        facts.history, facts.num_tokens = module.history, module.num_tokens
+    student.gradient_checkpointing = False
     touched = set(names)
     if stage.train == "lora":
         touched |= {f"{name}.weight" for name, _ in linear_layers(student, stage.lora_targets)}
@@ -235,7 +233,8 @@ def _fit(
     if settings.progress:
         callbacks.append(TrainingProgress(refresh_rate=1, name=label))
     trainer = Trainer(
-        max_steps=batches.num_batches,
+        max_steps=stage.steps,
+        accumulate_grad_batches=stage.accumulate,
         max_epochs=-1,
         accelerator=settings.accelerator,
         devices=1,

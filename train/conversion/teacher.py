@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -78,16 +79,19 @@ class TeacherReadings:
         return digest.hexdigest()[:40]
 
 
-def last_hidden(model: torch.nn.Module, batch: TokenBatch) -> Tensor:
+def last_hidden(
+    model: torch.nn.Module, batch: TokenBatch, overrides: Mapping[str, int] | None = None
+) -> Tensor:
     """(B, T, M), what the head reads; the head itself is not run but for one token."""
     out = model(
         batch.input_ids,
         mask=batch.mask,
         cu_seqlens=batch.cu_seqlens,
-        return_hidden_states=True,
+        overrides=overrides,
+        return_hidden_states="last",
         last_only=True,
     )
-    hidden: Tensor = out.hidden_states[-1]
+    hidden: Tensor = out.hidden_states[0]
     return hidden
 
 

@@ -40,9 +40,9 @@ from ...models.conversion import (
 )
 from ...models.decoder import MemoryLM
 from ..data.batches import BatchSource
-from ..data.text import TextDataModule
 from ..evaluate import PositionLosses, position_losses
 from .comparison import Row
+from .data import read_batches
 from .recipe import ConversionRecipe, Stage
 from .stage import Segment, StageFacts, StageSettings, run_stage
 from .teacher import TeacherReadings, weights_digest
@@ -144,18 +144,13 @@ class Workshop:
         """All batches of one size, in the order of the seed."""
         key = (seq_len, batch_size)
         if key not in self._sources:
-            data = TextDataModule(
-                texts=tuple(self.recipe.texts),
-                files=tuple(self.recipe.files),
+            self._sources[key] = read_batches(
+                self.recipe.data,
                 tokenizer=self.tokenizer,
                 seq_len=seq_len,
                 batch_size=batch_size,
-                reset_at_documents=False,
-                append_eos=False,
                 seed=self.recipe.seed,
             )
-            data.setup()
-            self._sources[key] = data.train_dataloader().dataset  # type: ignore[assignment]
         return self._sources[key]
 
     def first_window(self) -> Tensor:

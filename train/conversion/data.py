@@ -1,0 +1,99 @@
+"""The text of a conversion: a data module of `memzoo train`, with the sizes of a stage."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import inspect
+from collections.abc import Mapping
+from typing import Any, get_args, get_type_hints
+
+from ...layers.contract import suggest
+from ..data.batches import BatchSource
+from ..data.documents import check_text_file, names
+from ..data.texts import load_text
+from ..lightning_cli import DATA_TYPES
+
+# given by the stage, the source or the recipe
+_OWN = ("tokenizer", "seq_len", "batch_size", "seed")
+_NEEDED = frozenset(_OWN)
+DEFAULT_DATA = {"type": "text", "texts": ["state_of_the_union"]}
+# Pretrained models have read their texts one after another, without resets.
+_DEFAULTS: dict[str, dict[str, Any]] = {"text": {"reset_at_documents": False, "append_eos": False}}
+
+
+def check_data(data: Mapping[str, Any]) -> None:
+    """Refuses data that cannot be read, before any work.
+
+    Args:
+        data: `type` (text unless given) and arguments of that data module; not its tokenizer and sizes.
+
+    Raises:
+        ValueError: an unknown type or key (the nearest is named), a text or file that is not there, or no
+            text at all.
+    """
+    known = inspect.signature(_data_class(data)).parameters
+    for key in data:
+        if key in _OWN:
+            raise ValueError(f"data: {key} is set by the stages and the source. Leave it out.")
+        if key != "type" and key not in known:
+            raise ValueError(f"data: unknown key {key!r}. {suggest(str(key), set(known) - _NEEDED)}")
+    for name in names(data.get("texts", ())):
+        load_text(name)
+    for file in names(data.get("files", ())):
+        check_text_file(file)
+    _arguments(data)
+    if not any(data.get(name) for name in ("texts", "files", "dataset")):
+        raise ValueError(
+            "data: no text to train on. Name a bundled text in texts, or give files or a dataset."
+        )
+
+
+def read_batches(
+    data: Mapping[str, Any], *, tokenizer: str, seq_len: int, batch_size: int, seed: int
+) -> BatchSource:
+    """All training batches of one size.
+
+    Raises:
+        ValueError: too little text, or data that can be read only once from start to end.
+    """
+    module = _data_class(data)(
+        **_arguments(data), tokenizer=tokenizer, seq_len=seq_len, batch_size=batch_size, seed=seed
+    )
+    module.setup()
+    found = module.train_dataloader().dataset
+    if not isinstance(found, BatchSource):
+        raise ValueError(
+            "a conversion reads its text several times, which streamed data cannot offer. "
+            "Leave streaming out, or save a part of it as a file."
+        )
+    return found
+
+
+def _data_class(data: Mapping[str, Any]) -> Any:
+    kind = data.get("type", "text")
+    usable = {}
+    for name, target in DATA_TYPES.items():
+        module, _, attribute = target.partition(":")
+        found = getattr(importlib.import_module(module), attribute)
+        if set(inspect.signature(found).parameters) >= _NEEDED:
+            usable[name] = found
+    if kind not in usable:
+        raise ValueError(f"data type {kind!r} has no text for a conversion. {suggest(str(kind), usable)}")
+    return usable[kind]
+
+
+def _arguments(data: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments as the data module wants them: nested settings as their dataclasses."""
+    hints = get_type_hints(_data_class(data).__init__)
+    given = {**_DEFAULTS.get(data.get("type", "text"), {}), **data}
+    given.pop("type", None)
+    for name, value in given.items():
+        kinds: list[Any] = [kind for kind in get_args(hints.get(name)) if dataclasses.is_dataclass(kind)]
+        if kinds and isinstance(value, Mapping):
+            known = {item.name for item in dataclasses.fields(kinds[0])}
+            for key in value:
+                if key not in known:
+                    raise ValueError(f"data: unknown key {key!r} in {name}. {suggest(str(key), known)}")
+            given[name] = kinds[0](**value)
+    return given
