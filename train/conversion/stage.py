@@ -18,14 +18,16 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
 from ...models.checkpoints.files import read_json, verify_folder, write_folder
 from ...models.checkpoints.safetensors_files import read_safetensors, write_safetensors_in_place
 from ...models.decoder import MemoryLM
-from ..callbacks import TrainingProgress
+from ..callbacks import ExactResume, StopOnSignal, TrainingProgress
 from ..checkpointing import FolderCheckpointIO, newest_checkpoint
 from ..data.batches import BatchSource, ResumableLoader, TokenBatch
+from ..stopping import RunEnded
 from .modules import AlignmentModule, DistillModule, StudentModule
 from .recipe import Stage
 from .teacher import TeacherReadings
@@ -228,10 +230,13 @@ def _fit(
     label: str,
 ) -> float:
     """Trains to the end, from the last checkpoint if there is one; returns the seconds it took."""
-    saver = SaveOften(running / "last.ckpt", settings.save_seconds)
-    callbacks: list[Callback] = [saver]
+    clock = TrainingClock()
+    callbacks: list[Callback] = [clock]
     if settings.progress:
         callbacks.append(TrainingProgress(refresh_rate=1, name=label))
+    # the last two save where the ModelCheckpoint says, and in no other way
+    keeper = ModelCheckpoint(running, save_last=True, save_top_k=0, every_n_epochs=stage.steps + 1)
+    callbacks += [ExactResume(), StopOnSignal(save_minutes=settings.save_seconds / 60), keeper]
     trainer = Trainer(
         max_steps=stage.steps,
         accumulate_grad_batches=stage.accumulate,
@@ -241,7 +246,6 @@ def _fit(
         precision=settings.precision,
         gradient_clip_val=stage.clip,
         logger=False,
-        enable_checkpointing=False,
         enable_model_summary=False,
         enable_progress_bar=settings.progress,
         callbacks=callbacks,
@@ -251,42 +255,38 @@ def _fit(
     if newest is not None:
         logger.info("%s goes on from its last checkpoint", label)
     module.train()
-    trainer.fit(
-        module, train_dataloaders=ResumableLoader(batches), ckpt_path=None if newest is None else str(newest)
-    )
+    try:
+        trainer.fit(
+            module,
+            train_dataloaders=ResumableLoader(batches),
+            ckpt_path=None if newest is None else str(newest),
+        )
+    except RunEnded as stop:
+        done = f"{label} stopped after step {trainer.global_step} of {stage.steps}"
+        raise RunEnded(f"{done}. Give the same command again to go on.", int(stop.code or 1)) from None
     module.eval()
     module.trainer = None  # the module outlives the trainer
-    return saver.seconds
+    return clock.seconds
 
 
-class SaveOften(Callback):
-    """Saves the run every so many seconds, at the end of an optimiser step.
-
-    Args:
-        path: the checkpoint, replaced each time.
-        interval: seconds between two saves.
+class TrainingClock(Callback):
+    """Counts the seconds of training, those before a kill included.
 
     Attributes:
-        seconds: training time, that before a kill included.
+        seconds: so far.
     """
 
-    def __init__(self, path: Path, interval: float) -> None:
-        self.path, self.interval = path, interval
-        self.seconds = 0.0
-        self._clock = self._saved = 0.0
+    def __init__(self) -> None:
+        self.seconds = self._clock = 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._clock = self._saved = time.monotonic()
+        self._clock = time.monotonic()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         now = time.monotonic()
-        self.seconds += now - self._clock
-        self._clock = now
-        if now - self._saved >= self.interval and trainer.global_step < trainer.max_steps:
-            trainer.save_checkpoint(self.path)
-            self._saved = time.monotonic()
+        self.seconds, self._clock = self.seconds + now - self._clock, now
 
     def state_dict(self) -> dict[str, Any]:
         return {"seconds": self.seconds}
