@@ -87,6 +87,11 @@ def convert(
         results_folder(teacher_cache)
     tokenizer = load_tokenizer(place)
     tokens = {book: book_tokens(tokenizer, book) for book in ([books] if isinstance(books, str) else books)}
+    if tokens and num_windows < 2:
+        raise ValueError(
+            f"num_windows must be at least 2, got {num_windows}: the differences between rows need an interval. "
+            'Or leave the comparison out with --books "[]".'
+        )
     for ids in tokens.values():
         window_starts(len(ids), WINDOW_SIZE, num_windows, FIRST_TOKEN)
 

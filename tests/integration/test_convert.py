@@ -297,7 +297,7 @@ def test_a_mistake_is_told_before_any_work(
         ([*given, "--output", str(tmp_path / "taken")], "taken/hybrid"),
         ([*given, *fresh, "--books", "[emma, moby_duck]"], "moby_dick"),
         ([*given, *fresh, "--books", "moby_duck"], "moby_dick"),
-        ([*given, *fresh, "--num_windows", "0"], "num_windows >= 1"),
+        ([*given, *fresh, "--num_windows", "1"], "num_windows must be at least 2"),
         ([*given, *fresh, "--num_windows", "100000"], "room for"),
         ([*given, *fresh, "--accelerator", "gppu"], "accelerator 'gppu' cannot be used"),
         ([*given, *fresh, "--steps", "{alingn: 3}"], "Did you mean 'align'"),

@@ -10,7 +10,7 @@ Every row is measured on the same windows of the same books.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -91,7 +91,7 @@ def convert_and_compare(
             conversion in the folder.
     """
     wanted = comparison or Comparison()
-    begin(folder, teacher, recipe, wanted, list(tokens))
+    begin(folder, teacher, recipe)
     windows = {name: value for name, value in asdict(wanted).items() if name not in ("control", "ablations")}
     shop = Workshop(
         folder,
@@ -190,18 +190,14 @@ def control_stage(recipe: ConversionRecipe, last: Stage, hybrid: Conversion, win
     return replace(stage, train="lora", lora_rank=rank)
 
 
-def begin(
-    folder: Path, teacher: MemoryLM, recipe: ConversionRecipe, comparison: Comparison, books: Sequence[str]
-) -> None:
-    """Writes what is going to be done; goes on where the same was begun.
+def begin(folder: Path, teacher: MemoryLM, recipe: ConversionRecipe) -> None:
+    """Writes what is going to be done; goes on where the same was begun. The comparison may be another one.
 
     Raises:
         ValueError: the folder holds the beginning of another conversion.
     """
     settings = {
         "recipe": recipe_dict(recipe),
-        "comparison": asdict(comparison),
-        "books": list(books),
         "source": weights_digest(teacher),
         "threads": torch.get_num_threads(),
     }

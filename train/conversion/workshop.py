@@ -1,9 +1,9 @@
 """Where a conversion happens: one folder in which runs are trained and rows measured, each only once.
 
-    FOLDER/conversion.json       what is converted and how; what is done already
+    FOLDER/conversion.json           what is converted and how; what is done already
     FOLDER/work/stages/RUN-STAGE/    weights that a stage left
-    FOLDER/work/rows/            losses of a measured row
-    FOLDER/work/teacher/         what the teacher read
+    FOLDER/work/rows/WINDOWS/        losses of a measured row
+    FOLDER/work/teacher/             what the teacher read
 
 A conversion that was killed goes on in the same folder, with the same bits as one that was not.
 """
@@ -219,7 +219,8 @@ class Workshop:
             num_trained: trainable numbers that were tuned.
             switched: what to do to the model meanwhile, for example `memory_off`.
         """
-        path = self.work / "rows" / f"{re.sub('[^a-z0-9]+', '-', name.lower()).strip('-')}.json"
+        what = "-".join([*self.tokens, *(str(size) for size in self.windows.values())])
+        path = self.work / "rows" / what / f"{re.sub('[^a-z0-9]+', '-', name.lower()).strip('-')}.json"
         made = model()
         if path.is_file():
             losses = _read_losses(path)
