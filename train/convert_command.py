@@ -89,7 +89,7 @@ def convert(
     tokens = {book: book_tokens(tokenizer, book) for book in ([books] if isinstance(books, str) else books)}
     if tokens and num_windows < 2:
         raise ValueError(
-            f"num_windows must be at least 2, got {num_windows}: the differences between rows need an interval. "
+            f"num_windows must be at least 2, got {num_windows}: differences between rows need an interval. "
             'Or leave the comparison out with --books "[]".'
         )
     for ids in tokens.values():
