@@ -7,8 +7,6 @@ JSON record with `save`, which says how to repeat it.
 from __future__ import annotations
 
 import argparse
-import ctypes
-import re
 import shlex
 import statistics
 import sys
@@ -20,6 +18,7 @@ from typing import Any
 import torch
 
 from memzoo.records import write_record
+from memzoo.train.speed import peak_memory as peak_memory
 
 RECORDS = Path(__file__).resolve().parent / "records"
 
@@ -153,36 +152,6 @@ def time_interleaved(
         if count >= min_repeats and time.perf_counter() - begin > budget_s * len(functions):
             break
     return {name: summarize([read() for read in reads]) for name, reads in taken.items()}
-
-
-def peak_memory(function: Callable[[], object], device: torch.device) -> int | None:
-    """Bytes that a run needs at most beyond what is held before it.
-
-    On CUDA exact, from the allocator. On the CPU the growth of the resident set (Linux; None elsewhere):
-    right to a few megabytes, so ask it about large tensors only, and after a first call.
-    """
-    if device.type == "cuda":
-        synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        held = torch.cuda.memory_allocated(device)
-        function()
-        synchronize(device)
-        return int(torch.cuda.max_memory_allocated(device) - held)
-    try:
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark to the present size
-        held_kib = _status_kib("VmRSS")
-        function()
-        return max(0, _status_kib("VmHWM") - held_kib) << 10
-    except (AttributeError, OSError):
-        return None
-
-
-def _status_kib(name: str) -> int:
-    found = re.search(rf"^{name}:\s*(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
-    if found is None:
-        raise OSError(f"the system does not report {name}")
-    return int(found.group(1))
 
 
 def table(rows: Sequence[Sequence[object]], header: Sequence[str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from .command_parts import (
@@ -146,6 +147,66 @@ def evaluate_mqar(
     settings = {"model": model, "task": vars(config), "batch_size": batch_size, "dtype": dtype}
     write_if_asked(output, "evaluate/mqar", settings, results)
     return f"accuracy {results['accuracy']:.4f} over {results['num_examples']} examples"
+
+
+def evaluate_speed(
+    model: str,
+    lengths: Sequence[int] = (256, 1024, 4096),
+    batch_size: int = 1,
+    chunk_size: int = 1024,
+    decode_tokens: int = 16,
+    repetitions: int = 3,
+    threads: int | None = None,
+    device: str = "auto",
+    dtype: DType = "float32",
+    output: str | None = None,
+) -> str:
+    """Tokens per second of reading and of writing, bytes of state and peak memory, by length of the context.
+
+    Args:
+        model: folder of a model, a .gguf file, or "smollm2-135m" (fetched once into the cache).
+        lengths: tokens in front of the written ones.
+        batch_size: sequences at once.
+        chunk_size: tokens read at once, which bounds the memory.
+        decode_tokens: tokens written one by one in a timed run.
+        repetitions: timed runs after one that is not timed, in turns over the lengths; medians count.
+        threads: CPU threads; null leaves torch's choice.
+        device: auto, cpu or cuda.
+        dtype: precision of the weights.
+        output: .json file for the record.
+    """
+    check_output(output)
+    import torch
+
+    from .conversion.comparison import readable_bytes
+    from .speed import check_sizes, measure_speed
+
+    sizes = {
+        "batch_size": batch_size,
+        "chunk_size": chunk_size,
+        "decode_tokens": decode_tokens,
+        "repetitions": repetitions,
+    }
+    check_sizes(lengths, **sizes)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    loaded = load_for_use(model_place(model), device, dtype)
+    rows = measure_speed(loaded, lengths, **sizes, on_step=progress_line("runs"))
+    weights = list(loaded.parameters())
+    results = {
+        "lengths": rows,
+        "num_parameters": loaded.num_parameters(),
+        "weight_bytes": sum(weight.numel() * weight.element_size() for weight in weights),
+    }
+    settings = {"model": model, "lengths": [row["length"] for row in rows], **sizes}
+    settings |= {"threads": torch.get_num_threads(), "device": str(weights[0].device), "dtype": dtype}
+    write_if_asked(output, "evaluate/speed", settings, results)
+    shown: list[tuple[str, ...]] = [("tokens", "read tokens/s", "written tokens/s", "state", "peak memory")]
+    for row in rows:
+        peak = "-" if row["peak_bytes"] is None else readable_bytes(row["peak_bytes"])
+        rates = (f"{row[f'{kind}_tokens_per_second']:,.1f}" for kind in ("prefill", "decode"))
+        shown.append((f"{row['length']:,}", *rates, readable_bytes(row["state_bytes"]), peak))
+    return table(shown)
 
 
 def compare(a: str, b: str, confidence: float = 0.95, output: str | None = None) -> str:

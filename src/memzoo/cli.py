@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import logging
 import os
 import sys
@@ -42,11 +43,14 @@ COMMANDS: dict[str, Command] = {
         "turn a pretrained model into a memory hybrid", "memzoo.train.convert_command:convert"
     ),
     "evaluate": Command(
-        "measure a model: perplexity by position, MQAR recall; compare two records",
+        "measure models: perplexity by position, speed, recall; compare records, show them on a page",
         {
             "perplexity": "memzoo.train.evaluate_command:evaluate_perplexity",
             "mqar": "memzoo.train.evaluate_command:evaluate_mqar",
+            "speed": "memzoo.train.evaluate_command:evaluate_speed",
             "compare": "memzoo.train.evaluate_command:compare",
+            "page": "memzoo.train.report_command:page",
+            "all": "memzoo.train.report_command:evaluate_all",
         },
     ),
     "generate": Command("continue a prompt", "memzoo.train.generate_command:generate"),
@@ -199,25 +203,29 @@ def _refuse_unknown_flags(name: str, function: Callable[..., Any], args: Sequenc
 
 
 def _with_values(function: Callable[..., Any], args: Sequence[str]) -> list[str]:
-    """The arguments with a bare switch as `--flag=true`, and single values as lists where one is wanted."""
+    """The arguments with a bare switch as `--flag=true`, and the values of a list as one list."""
     import collections.abc
-    from typing import get_origin, get_type_hints
+    from typing import get_args, get_origin, get_type_hints
 
     types = get_type_hints(function)
-    changed = list(args)
-    for position, token in enumerate(args):
+    changed: list[str] = []
+    rest = list(args)
+    while rest:
+        token = rest.pop(0)
         flag, equals, value = token.partition("=")
         wanted = types.get(flag[2:]) if flag.startswith("--") else None
-        following = args[position + 1 : position + 2]
-        if not equals and (not following or following[0].startswith("--")):
-            if wanted is bool:
-                changed[position] = f"{flag}=true"
-        elif get_origin(wanted) is collections.abc.Sequence:
-            value = value if equals else following[0]
-            if not value.startswith("["):
-                changed[position if equals else position + 1] = (
-                    f"{flag}=[{value}]" if equals else f"[{value}]"
-                )
+        count = next((index for index, item in enumerate(rest) if item.startswith("--")), len(rest))
+        if wanted is bool and not equals and not count:
+            token = f"{flag}=true"
+        elif get_origin(wanted) is collections.abc.Sequence and (equals or count):
+            values = [value] if equals else rest[:count]
+            if not equals:
+                del rest[:count]
+            if len(values) > 1 or not values[0].startswith("["):
+                is_text = get_args(wanted)[0] is str
+                values = [f"[{', '.join(json.dumps(item) if is_text else item for item in values)}]"]
+            token = f"{flag}={values[0]}"
+        changed.append(token)
     return changed
 
 

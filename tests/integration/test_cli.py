@@ -20,8 +20,12 @@ import yaml
 import memzoo
 from memzoo import cli
 from memzoo.models.checkpoints.folder import load_model
+from memzoo.models.config import ModelConfig
+from memzoo.models.decoder import MemoryLM
+from memzoo.models.hf import save_model
 from memzoo.records import read_record
 from memzoo.train.checkpointing import newest_checkpoint
+from memzoo.train.data.tokenizers import byte_tokenizer
 
 RECALL = {
     "model": {
@@ -367,6 +371,46 @@ def test_text_from_training_to_generation(workplace: Path, capsys: pytest.Captur
     assert "over 4 windows" in capsys.readouterr().out
 
 
+def test_speed_and_a_page_of_several_models(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for mixer in ("attention", "based"):
+        config = ModelConfig(vocab_size=257, d_model=8, layers=[{"type": mixer, "num_heads": 1}])
+        save_model(MemoryLM(config), mixer, byte_tokenizer())
+    (workplace / "book.txt").write_text("It was the best of times, it was the worst of times. " * 20)
+    run("evaluate", "speed", "--model", "based", "--lengths", "16", "40", "--output", "speed.json")
+    record = read_record("speed.json")
+    assert [row["length"] for row in record["results"]["lengths"]] == [16, 40]
+    assert record["config"]["threads"] >= 1
+    assert "written tokens/s" in capsys.readouterr().out
+    (workplace / "all.yaml").write_text(
+        "perplexity:\n"
+        "  - {text: book.txt, window_size: 100, num_windows: 2}\n"
+        "  - {text: book.txt, window_size: 300, num_windows: null}\n"
+        "speed: [{lengths: [16, 40], repetitions: 1}]\n"
+    )
+    every = ("evaluate", "all", "--config", "all.yaml", "--models", "attention", "based", "--output", "out")
+    run(*every)
+    assert len(list((workplace / "out").glob("*.json"))) == 6
+    page = (workplace / "out" / "page.html").read_text()
+    assert page.count("<img") == 2 + 4
+    assert "page written to out/page.html" in capsys.readouterr().out
+    assert "--overwrite" in fails(capsys, *every)
+    run(*every, "--overwrite")
+    for message, line in (
+        (
+            "perplexity has no setting 'windwo_size'. Did you mean 'window_size'?",
+            "perplexity: [{windwo_size: 3}]",
+        ),
+        ("window_size", "perplexity: [{window_size: few}]"),
+        ("there is nothing to measure", "title: x"),
+    ):
+        (workplace / "wrong.yaml").write_text(line)
+        assert message in fails(
+            capsys, "evaluate", "all", "--config", "wrong.yaml", "--models", "based", "--output", "new"
+        )
+    assert "'nowhere' does not exist" in fails(capsys, *every[:4], "--models", "nowhere", "--output", "new")
+    assert not (workplace / "new").exists()
+
+
 def test_print_config_can_be_read_back(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         cli.main(["train", "fit", "--config", "recall.yaml", "--data.batch_size", "4", "--print_config"])
@@ -390,7 +434,7 @@ def test_print_config_can_be_read_back(workplace: Path, capsys: pytest.CaptureFi
         (["train", "fit", "--config", "mqar_based.yml"], "Did you mean 'train/mqar_based'?"),
         (["train", "fit", "--config", "nope"], "Shipped ones are train/mqar_based, train/mqar_window"),
         (["train", "fit", "--config", "mqar_windw"], "Did you mean 'train/mqar_window'?"),
-        (["evaluate", "perplexity", "--config", "nope"], "Shipped ones are evaluate/book."),
+        (["evaluate", "perplexity", "--config", "nope"], "Shipped ones are evaluate/book, evaluate/small."),
         (["train", "fit", "--config", "train/mqar_bsed"], "Did you mean 'train/mqar_based'?"),
         (["train", "fit", "--config", "recall.yaml", "--data.bacth_size", "3"], "Did you mean 'batch_size'?"),
         (["train", "fit", "--config", "recall.yaml", "--data.type", "mqr"], "Did you mean 'mqar'?"),
