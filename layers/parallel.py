@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .contract import TokenMixer, check_choice, tag_parameter
+from .contract import TokenMixer, check_choice, is_probing, record, tag_parameter
 from .parts.composite import CompositeConfig, CompositeMixer
 
 # Dimensions: B batch, T tokens, I inner mixers, M model width
@@ -41,6 +41,9 @@ class ParallelConfig(CompositeConfig):
 
 class Parallel(CompositeMixer):
     """Adds the outputs of mixers that read the same input.
+
+    Probe: `window_share`, the length of the first output over the sum of the lengths of all, weighted as they
+    are added.
 
     Attributes:
         memory_enabled: False leaves the output of all but the first mixer out; they read on.
@@ -79,6 +82,9 @@ class Parallel(CompositeMixer):
         if self.coefficient is not None:
             added = zip(self.coefficient.to(x.dtype), outputs[1:], strict=True)
             outputs = [outputs[0], *(coefficient * output for coefficient, output in added)]
+        if is_probing():
+            first, *rest = (torch.linalg.vector_norm(output.detach().float(), dim=-1) for output in outputs)
+            record("window_share", first / sum(rest, first).clamp(min=1e-12))  # (B, T)
         return sum(outputs[1:], outputs[0]) if self.memory_enabled else outputs[0]
 
     def flops_per_token(self, num_tokens: int) -> int:

@@ -35,7 +35,8 @@ def convert(
 
     Args:
         source: folder of a Llama-style model, a .gguf file, or "smollm2-135m" (fetched once into the cache).
-        output: folder for the results: `hybrid/` (and `control/`) as Hugging Face folders, `report.json`.
+        output: folder for the results: `hybrid/` (and `control/`) as Hugging Face folders, `report.json` and
+            `index.html`.
         recipe: name of a shipped recipe (configs/convert) or a YAML file.
         control: also train the control, a window with the same sinks, budget, tokens and seed but no memory.
         ablations: also measure the hybrid after each stage, and train it without its alignment.
@@ -53,6 +54,7 @@ def convert(
     from ..records import refuse_content, results_folder, write_record, write_text_atomically
     from .conversion.card import model_card
     from .conversion.comparison import comparison_results, comparison_table
+    from .conversion.page import comparison_sections
     from .conversion.recipe import check_recipe, read_recipe, recipe_dict
     from .conversion.run import (
         FIRST_TOKEN,
@@ -66,6 +68,7 @@ def convert(
     from .conversion.stage import StageSettings
     from .data.tokenizers import load_tokenizer
     from .evaluate import window_starts
+    from .report_page import render_page
 
     chosen = read_recipe(recipe, seed=seed, steps=steps)
     check_accelerator(accelerator)
@@ -119,6 +122,9 @@ def convert(
         if name in conversions:
             card = model_card(source, chosen, rows, conversions[name], is_control=name == "control")
             write_text_atomically(folder / name / "README.md", card)
+    title = f"{Path(source).name} as a memory hybrid"
+    page = render_page(title, comparison_sections(rows, conversions), note="All numbers are in report.json.")
+    write_text_atomically(folder / "index.html", page)
     write_record(folder / "report.json", name="convert", config=recipe_dict(chosen), results=results)
     _remove_work(folder)
     return f"{comparison_table(rows)}\n\nmodel written to {folder / 'hybrid'}"
@@ -144,6 +150,7 @@ def _drop_results(folder: Path) -> None:
 
     from ..models.checkpoints.files import MANIFEST_NAME
 
-    (folder / "report.json").unlink(missing_ok=True)
+    for name in ("report.json", "index.html"):
+        (folder / name).unlink(missing_ok=True)
     if (folder / "control" / MANIFEST_NAME).is_file():
         shutil.rmtree(folder / "control")

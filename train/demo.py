@@ -3,14 +3,13 @@ the way.
 
     make demo            (or: python -m memzoo.train.demo --output demo_output)
 
-Writes `index.html` with the table and two plots, `record.json` with every number, and `hybrid/`, a folder
+Writes `index.html` with the table and the plots, `record.json` with every number, and `hybrid/`, a folder
 that `AutoModelForCausalLM` loads. Needs about nine minutes on two cores.
 """
 
 from __future__ import annotations
 
 import argparse
-import html
 import logging
 import shutil
 import sys
@@ -28,22 +27,22 @@ from ..models.checkpoints.folder import load_model, read_model_config
 from ..models.decoder import MemoryLM
 from ..models.hf import save_model
 from ..records import results_folder, write_record, write_text_atomically
-from .conversion.comparison import (
-    LENGTHS,
-    Row,
-    comparison_results,
-    comparison_table,
-    readable_bytes,
-    state_bytes,
-)
+from .conversion.comparison import comparison_results, comparison_table
+from .conversion.page import comparison_sections
 from .conversion.recipe import check_recipe, read_recipe, recipe_dict
 from .conversion.run import Comparison, book_tokens, convert_and_compare, training_results
-from .conversion.workshop import Conversion
 from .data.tokenizers import load_tokenizer
+from .report_page import Section, render_page
 
 logger = logging.getLogger(__name__)
 
 BOOKS = ("moby_dick", "emma")
+_NOTE = (
+    "SmolLM2-135M-Instruct, every attention layer replaced by a window with sinks and a linear-attention "
+    "memory. The control is a window with the same sinks, tuned on the same tokens in the same order with "
+    "the same number of trainable parameters, but without a memory. All numbers with the command that made "
+    "them are in record.json beside this page."
+)
 
 
 def run_demo(output: str = "demo_output", recipe: str = "demo", num_windows: int = 8) -> str:
@@ -59,9 +58,8 @@ def run_demo(output: str = "demo_output", recipe: str = "demo", num_windows: int
     """
     clock = time.monotonic()
     folder = results_folder(output)
-    shutil.rmtree(
-        folder / "work", ignore_errors=True
-    )  # of a demonstration that was cut short: this one is timed
+    # of a demonstration that was cut short: this one is timed from its beginning
+    shutil.rmtree(folder / "work", ignore_errors=True)
     seconds: dict[str, float] = {}
     chosen = read_recipe(recipe)
     checkpoint = str(fetch_smollm2())
@@ -86,7 +84,7 @@ def run_demo(output: str = "demo_output", recipe: str = "demo", num_windows: int
             tokens=tokens,
             comparison=Comparison(num_windows=num_windows),
         )
-        hybrid, control = conversions["hybrid"], conversions["control"]
+        hybrid = conversions["hybrid"]
         save_model(hybrid.model.to(torch.bfloat16), folder / "hybrid", tokenizer=tokenizer)
 
     with _phase("3/4 speed of decoding", seconds):
@@ -98,12 +96,10 @@ def run_demo(output: str = "demo_output", recipe: str = "demo", num_windows: int
         prompt = tokenizer.decode(tokens["moby_dick"][20_000:20_300])
         continuation = generate_from_folder(folder / "hybrid", prompt)
 
-    _plot_positions(rows, folder / "perplexity_by_position.png")
-    _plot_states(rows, folder / "state_bytes.png")
     table = comparison_table(rows)
-    write_text_atomically(
-        folder / "index.html", _page(table, parity, speed, prompt, continuation, hybrid, control)
-    )
+    sections = comparison_sections(rows, conversions) + _sections(parity, speed, prompt, continuation)
+    page = render_page("A pretrained model becomes a memory hybrid", sections, note=_NOTE)
+    write_text_atomically(folder / "index.html", page)
     results = comparison_results(rows) | training_results(conversions)
     results |= {
         "parity": parity,
@@ -182,101 +178,23 @@ def generate_from_folder(folder: Path, prompt: str, max_new_tokens: int = 48) ->
     return str(tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 
 
-def _plot_positions(rows: Sequence[Row], path: Path) -> None:
-    plt = _pyplot()
-    figure, axes = plt.subplots(1, len(BOOKS), figsize=(11, 4), sharey=True)
-    shown = [row for row in rows if row.name != "hybrid before training"]
-    for axis, book in zip(axes, BOOKS, strict=True):
-        for row in shown:
-            buckets = row.losses[book].buckets()
-            middle = [(bucket["first"] + bucket["last"]) / 2 for bucket in buckets]
-            axis.plot(middle, [bucket["perplexity"] for bucket in buckets], marker="o", label=row.name)
-        axis.set_xscale("log", base=2)
-        axis.set_yscale("log")
-        axis.set_title(book.replace("_", " "))
-        axis.set_xlabel("position in the window (tokens)")
-    axes[0].set_ylabel("perplexity")
-    axes[-1].legend(fontsize=7)
-    _save(figure, path)
-
-
-def _plot_states(rows: Sequence[Row], path: Path) -> None:
-    plt = _pyplot()
-    figure, axis = plt.subplots(figsize=(6, 4))
-    lengths = [2**power for power in range(7, 21)]
-    for name in ("teacher, full attention", "hybrid"):
-        row = next(row for row in rows if row.name == name)
-        axis.plot(lengths, [state_bytes(row.config, n) / 1e6 for n in lengths], marker=".", label=name)
-    axis.set_xscale("log", base=2)
-    axis.set_yscale("log")
-    axis.set_xlabel("tokens read")
-    axis.set_ylabel("state of one sequence (MB)")
-    axis.legend()
-    _save(figure, path)
-
-
-def _pyplot() -> Any:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt
-
-
-def _save(figure: Any, path: Path) -> None:
-    temporary = path.with_name(f".{path.name}")
-    figure.tight_layout()
-    figure.savefig(temporary, dpi=130, format="png")
-    temporary.replace(path)
-
-
-def _page(
-    table: str,
-    parity: dict[str, float],
-    speed: dict[str, dict[str, float]],
-    prompt: str,
-    continuation: str,
-    hybrid: Conversion,
-    control: Conversion,
-) -> str:
-    states = ", ".join(
-        f"{length:,} tokens: {readable_bytes(state_bytes(hybrid.model.config, length))}" for length in LENGTHS
+def _sections(
+    parity: dict[str, float], speed: dict[str, dict[str, float]], prompt: str, continuation: str
+) -> list[Section]:
+    """What the page says beside the comparison."""
+    agreement = (
+        "Read through this library and through transformers, the same file gives logits that differ by at "
+        f"most {parity['max_error']:.2g} over {int(parity['num_tokens'])} tokens; the top token agrees at "
+        f"{parity['same_top']:.2%}."
     )
-    speeds = "".join(
-        f"<li>{html.escape(name)}: "
-        + ", ".join(f"{rate:.1f} tokens/s after {context} tokens" for context, rate in rates.items())
-        + "</li>"
-        for name, rates in speed.items()
-    )
-    return f"""<!doctype html>
-<meta charset="utf-8"><title>memzoo: a pretrained model becomes a memory hybrid</title>
-<style>body{{font:16px/1.5 sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}}
-pre{{background:#f4f4f4;padding:1rem;overflow-x:auto}} img{{max-width:100%}}</style>
-<h1>A pretrained model becomes a memory hybrid</h1>
-<p>SmolLM2-135M-Instruct, every attention layer replaced by a window with sinks and a linear-attention memory.
-The control is a window with the same sinks, tuned on the same tokens in the same order with the same number
-of
-trainable parameters, but without a memory. Perplexity per token on {len(BOOKS)} books that were not trained
-on;
-every window starts with an empty memory. Differences are paired by window.</p>
-<pre>{html.escape(table)}</pre>
-<p>Read through this library and through transformers, the same file gives logits that differ by at most
-{parity["max_error"]:.2g} over {int(parity["num_tokens"])} tokens; the top token agrees at
-{parity["same_top"]:.2%}.</p>
-<p>Training text read: {hybrid.num_tokens:,} tokens each; seconds per stage: hybrid
-{ {k: round(v) for k, v in hybrid.seconds.items()} }, control {
-        {k: round(v) for k, v in control.seconds.items()}
-    }.</p>
-<img src="perplexity_by_position.png" alt="perplexity by position in the window">
-<h2>Memory of one sequence</h2>
-<p>Hybrid: {states}.</p>
-<img src="state_bytes.png" alt="state bytes against tokens read">
-<h2>Decoding</h2><ul>{speeds}</ul>
-<h2>A continuation</h2>
-<p>... {html.escape(prompt[-300:])}<b>{html.escape(continuation)}</b></p>
-<p>All numbers with the command that made them: <a href="record.json">record.json</a>.</p>
-"""
+    contexts = list(next(iter(speed.values())))
+    rows = [["tokens per second", *(f"after {int(context):,} tokens" for context in contexts)]]
+    rows += [[name, *(f"{rates[context]:.1f}" for context in contexts)] for name, rates in speed.items()]
+    return [
+        Section("Parity", text=agreement),
+        Section("Decoding", table=rows),
+        Section("A continuation", lines=f"... {prompt[-300:]}[{continuation}]"),
+    ]
 
 
 def _say(text: str) -> None:

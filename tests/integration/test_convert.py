@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 
 import memzoo
 import memzoo.models.hf
+from memzoo import configs
 from memzoo.cli import main
 from memzoo.models.checkpoints import folder as folder_reader
 from memzoo.models.config import ModelConfig
@@ -64,7 +65,8 @@ QUIET = StageSettings(progress=False, accelerator="cpu")
 def convert(source: Path, folder: Path, recipe: ConversionRecipe, **options: object) -> dict[str, Conversion]:
     """Trains on a few sentences, without measuring on books."""
     text = source / "text.txt"
-    text.write_text(load_text("state_of_the_union")[0].text[:4000], encoding="utf-8")
+    several = " ".join(document.text for document in load_text("state_of_the_union")[:20])
+    text.write_text(several[:30_000], encoding="utf-8")
     recipe = replace(recipe, data={"files": str(text)})
     return convert_and_compare(
         memzoo.load(source), str(source), recipe, folder, tokens={}, settings=QUIET, **options
@@ -126,6 +128,14 @@ def test_writes_both_models_and_a_report(converted: Path) -> None:
     assert all(0 < share < 1 for share in facts["window_shares"].values())
     assert record["results"]["runs"]["unaligned"]["num_tokens"] == facts["num_tokens"] == 6 * 48
     assert not (converted / "work").exists()  # nothing is left to go on with
+    page = (converted / "index.html").read_text(encoding="utf-8")
+    for part in (
+        "control - hybrid, moby_dick",
+        "hybrid: align",
+        "share of the window",
+        "Perplexity by position",
+    ):
+        assert part in page
 
 
 def test_the_card_says_what_the_model_is(converted: Path) -> None:
@@ -166,7 +176,7 @@ def test_results_are_replaced_only_when_asked_and_only_by_results(
     monkeypatch.setattr(where, partial(stopped, saves=False))
     assert main([*arguments, "--overwrite", "--control", "false"]) == 2
     assert sorted(path.name for path in output.iterdir()) == [
-        "control", "hybrid", "recipe.yaml", "report.json"
+        "control", "hybrid", "index.html", "recipe.yaml", "report.json"
     ]  # fmt: skip
     monkeypatch.setattr(where, partial(stopped, saves=True))
     assert main([*arguments, "--overwrite", "--control", "false"]) == 2
@@ -388,13 +398,19 @@ def test_the_control_has_the_window_of_the_target(source: Path) -> None:
     assert control_plan(own).target == {"type": "sliding_window", "window_size": 5}
 
 
-def test_shipped_recipes_are_valid() -> None:
-    for name in ("demo", "lolcats"):
-        recipe = read_recipe(name, seed=3, steps={"align": 7})
-        assert isinstance(recipe, ConversionRecipe)
-        assert recipe.seed == 3
-        assert recipe.all_stages[0].steps == 7
-        assert control_plan(recipe).target["num_sinks"] == recipe.target["num_sinks"]
+SHIPPED = [name.removeprefix("convert/") for name in configs.names() if name.startswith("convert/")]
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_recipes_run(source: Path, tmp_path: Path, name: str) -> None:
+    stages = [stage.name for stage in read_recipe(name).all_stages]
+    recipe = read_recipe(name, seed=3, steps=dict.fromkeys(stages, 1))
+    assert recipe.seed == 3
+    check_recipe(recipe, folder_reader.read_model_config(source))
+    assert control_plan(recipe).target["num_sinks"] == recipe.target["num_sinks"]
+    found = convert(source, tmp_path, recipe)
+    assert [facts.steps for facts in found["hybrid"].stages] == [1] * len(stages)
+    assert found["control"].num_tokens == found["hybrid"].num_tokens
 
 
 def test_hybrid_and_control_read_the_same_tokens_in_the_same_order(

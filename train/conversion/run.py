@@ -31,7 +31,7 @@ from .recipe import ConversionRecipe, Stage, control_plan, recipe_dict
 from .stage import Segment, StageFacts, StageSettings, trained_names
 from .teacher import weights_digest
 from .updates import lora_size
-from .workshop import FORMAT_VERSION, MANIFEST, Conversion, Run, Workshop
+from .workshop import FORMAT_VERSION, MANIFEST, Conversion, Run, Workshop, count_trained
 
 # of the comparison: tokens per window, and the token of each book at which the first window starts
 WINDOW_SIZE = 1024
@@ -120,8 +120,7 @@ def convert_and_compare(
 
     def after_stage(name: str, student: MemoryLM, done: list[StageFacts]) -> None:
         if wanted.ablations and len(done) < len(hybrid_stages):
-            so_far = Conversion(student, None, done)  # type: ignore[arg-type]  # only its size is asked for
-            shop.measure(f"hybrid after {name}", lambda: student, so_far.num_trained)
+            shop.measure(f"hybrid after {name}", lambda: student, count_trained(done))
 
     def train(run: Run, on_stage: Any = lambda *_: None) -> Conversion:
         found = conversions[run.name] = shop.train(run, on_stage)

@@ -74,11 +74,7 @@ class Conversion:
     @property
     def num_trained(self) -> int:
         """Numbers that were trained in any stage."""
-        trained: dict[str, int] = {}
-        for facts in self.stages:
-            if facts.steps:
-                trained |= facts.trained
-        return sum(trained.values()) + sum(facts.num_low_rank for facts in self.stages if facts.steps)
+        return count_trained(self.stages)
 
     @property
     def num_tokens(self) -> int:
@@ -89,6 +85,15 @@ class Conversion:
     def seconds(self) -> dict[str, float]:
         """Duration of each stage; runs share what the teacher made of the text."""
         return {facts.name: facts.seconds for facts in self.stages}
+
+
+def count_trained(stages: Sequence[StageFacts]) -> int:
+    """Numbers that were trained in any of these stages; those trained twice count once."""
+    trained: dict[str, int] = {}
+    for facts in stages:
+        if facts.steps:
+            trained |= facts.trained
+    return sum(trained.values()) + sum(facts.num_low_rank for facts in stages if facts.steps)
 
 
 @dataclass(frozen=True)
@@ -139,6 +144,12 @@ class Workshop:
         self.readings = TeacherReadings(cache or self.work / "teacher", weights_digest(self.low_teacher))
         self.rows: list[Row] = []
         self._sources: dict[tuple[int, int], BatchSource] = {}
+
+    @property
+    def device(self) -> torch.device:
+        """Where rows are measured: where the stages train."""
+        is_cpu = self.settings.accelerator == "cpu" or not torch.cuda.is_available()
+        return torch.device("cpu" if is_cpu else "cuda")
 
     def sources(self, seq_len: int, batch_size: int) -> BatchSource:
         """All batches of one size, in the order of the seed."""
@@ -225,7 +236,7 @@ class Workshop:
         if path.is_file():
             losses = _read_losses(path)
         else:
-            low = copy.deepcopy(made).to(torch.bfloat16).eval()
+            low = copy.deepcopy(made).to(self.device, torch.bfloat16).eval()
             with switched(low):
                 losses = self._losses(name, low)
             _write_losses(path, losses)
