@@ -27,6 +27,7 @@ def convert(
     accelerator: str = "auto",
     teacher_cache: str | None = None,
     save_seconds: float = 60.0,
+    dry_run: bool = False,
     overwrite: bool = False,
 ) -> str:
     """Convert a pretrained model into a memory hybrid, tune it, and measure it beside its controls.
@@ -47,6 +48,7 @@ def convert(
         accelerator: where to train, as Lightning names it.
         teacher_cache: folder that keeps what the teacher read, for other conversions of the same model.
         save_seconds: time between two checkpoints inside a stage.
+        dry_run: only do the surgery, and say what it took over and whether the parity checks pass.
         overwrite: replace the results of an earlier conversion in the output folder, or start it anew.
     """
     from ..models.checkpoints.folder import load_model, read_model_config
@@ -63,6 +65,7 @@ def convert(
         book_tokens,
         check_accelerator,
         convert_and_compare,
+        surgery_report,
         training_results,
     )
     from .conversion.stage import StageSettings
@@ -77,6 +80,8 @@ def convert(
     place = model_place(source)
     # all that can be wrong is found before the weights are read
     check_recipe(chosen, read_model_config(place), with_control=control)
+    if dry_run:
+        return surgery_report(load_model(place).eval(), place, chosen)
     folder = Path(output)
     if overwrite:
         _start_anew(folder)

@@ -72,12 +72,34 @@ class ParityReport:
         plain["checks"] = [{**dataclasses.asdict(check), "passed": check.passed} for check in self.checks]
         return plain
 
+    def summary(self) -> str:
+        """The report as a few lines of text."""
+        errors = ", ".join(f"{index}: {error:.3g}" for index, error in self.layer_errors.items())
+        lines = [
+            f"converted blocks: {', '.join(map(str, self.layers)) or 'none'}",
+            f"numbers taken over: {self.num_copied:,}",
+            f"new numbers: {self.num_new:,}{_kinds(list(self.new_parameters))}",
+            f"heads repeated: {len(self.expanded)} parameters{_kinds(self.expanded)}",
+            f"without a place any more: {len(self.dropped)} parameters{_kinds(self.dropped)}",
+            f"relative squared error of each new mixer on the source's states: {errors or 'not measured'}",
+        ]
+        for check in self.checks:
+            verdict = "passed" if check.passed else "FAILED"
+            lines.append(f"{verdict}: {check.name}: {check.value:.3g} (at most {check.bound:.3g})")
+        return "\n".join(lines)
+
     def raise_on_failure(self) -> None:
         """Raises ValueError naming the checks that failed."""
         failed = [check for check in self.checks if not check.passed]
         if failed:
             listed = "; ".join(f"{check.name}: {check.value:.3g} > {check.bound:.3g}" for check in failed)
             raise ValueError(f"the converted model does not agree with its source: {listed}.")
+
+
+def _kinds(names: Sequence[str]) -> str:
+    """The names without their blocks, each once, in brackets."""
+    kinds = dict.fromkeys(name.partition(".mixer.")[2] or name for name in names)
+    return f" ({', '.join(kinds)})" if kinds else ""
 
 
 def convert_mixers(source: MemoryLM, plan: ConversionPlan) -> tuple[MemoryLM, ParityReport]:

@@ -365,6 +365,26 @@ def test_a_recipe_that_does_not_fit_is_refused_before_the_teacher_is_loaded(
     assert not (tmp_path / "x").exists()
 
 
+def test_a_dry_run_says_what_the_surgery_does(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "recipe.yaml").write_text(
+        "{target: {type: linear_attention, feature_map: hedgehog}, gqa: expand}", encoding="utf-8"
+    )
+    places = ["--source", str(source), "--output", str(tmp_path / "x")]
+    assert main(["convert", *places, "--recipe", str(tmp_path / "recipe.yaml"), "--dry_run", "true"]) == 0
+    said = capsys.readouterr().out
+    for line in (
+        "converted blocks: 0, 1",
+        "heads repeated: 4 parameters (k_proj.weight, v_proj.weight)",
+        "passed: logits that are not finite: 0",
+        "q_map.",
+        "without a place any more: 0 parameters",
+    ):
+        assert line in said
+    assert not (tmp_path / "x").exists()
+
+
 def test_without_books_there_is_no_line_of_windows(
     source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,17 +16,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from ... import __version__
 from ...models.checkpoints.files import read_json, write_json
-from ...models.conversion import ConversionPlan, memory_off
+from ...models.conversion import ConversionPlan, check_parity, convert_mixers, memory_off
 from ...models.decoder import MemoryLM
 from ..data.documents import encode_documents
 from ..data.texts import load_text
 from .comparison import UNALIGNED_ROW, Row
+from .data import read_batches
 from .recipe import ConversionRecipe, Stage, control_plan, recipe_dict
 from .stage import Segment, StageFacts, StageSettings, trained_names
 from .teacher import weights_digest
@@ -141,6 +142,21 @@ def convert_and_compare(
         control = train(Run("control", memoryless[None], ((stage, tuple(text)),)))
         shop.measure(CONTROL_ROW, lambda: control.model, control.num_trained)
     return shop.rows, conversions
+
+
+def surgery_report(teacher: MemoryLM, tokenizer: str, recipe: ConversionRecipe) -> str:
+    """What the surgery of a recipe takes over and whether the parity checks pass; nothing is trained.
+
+    Where the blocks are chosen by a measurement, all of them are converted.
+    """
+    stage = recipe.all_stages[0]
+    batches = read_batches(
+        recipe.data, tokenizer=tokenizer, seq_len=stage.seq_len, batch_size=1, seed=recipe.seed
+    )
+    seed_everything(recipe.seed, verbose=False)
+    student, report = convert_mixers(teacher, recipe.plan)
+    check_parity(teacher, student, report, batches.batch(0, 0).input_ids[:1])
+    return report.summary()
 
 
 def segments(recipe: ConversionRecipe) -> list[Segment]:
