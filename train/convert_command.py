@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from .command_parts import check_output, model_place
-
-if TYPE_CHECKING:
-    from .conversion.workshop import Conversion
 
 RESULTS = ("hybrid", "control", "unaligned", "report.json")
 
@@ -103,7 +100,7 @@ def convert(
     for ids in tokens.values():
         window_starts(len(ids), WINDOW_SIZE, num_windows, FIRST_TOKEN)
 
-    def save(name: str, conversion: Conversion) -> None:
+    def save(name: str, conversion: Any) -> None:
         if name == "hybrid":
             _drop_results(folder)
         if name in ("hybrid", "control"):
