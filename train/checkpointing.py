@@ -45,7 +45,7 @@ TENSORS_NAME = "tensors.safetensors"
 FORMAT_VERSION = 1
 
 # Storage that is full, broken or locked. The run is worth more than one save.
-_STORAGE_ERRORS = (
+STORAGE_ERRORS = (
     errno.ENOSPC,
     errno.EDQUOT,
     errno.EFBIG,
@@ -176,7 +176,7 @@ class FolderCheckpointIO(CheckpointIO):
                 os.replace(path, path.with_name(f"{path.stem}-single-file{path.suffix}"))
             save_checkpoint_folder(path, checkpoint)
         except OSError as error:
-            if error.errno not in _STORAGE_ERRORS:
+            if error.errno not in STORAGE_ERRORS:
                 raise
             self.failure = f"{path} could not be written ({error.strerror})"
             kept = f"The last complete one is {self.last_saved}." if self.last_saved else "There is none yet."

@@ -7,6 +7,7 @@ interrupted, and a validation that was due or running when it was written. They 
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -177,4 +178,5 @@ def _flush(trainer: Trainer) -> None:
         logger.save()
         flush = getattr(getattr(logger, "experiment", None), "flush", None)
         if flush is not None:
-            flush()
+            with suppress(OSError):  # a full disk is met again by the checkpoint, which says so
+                flush()

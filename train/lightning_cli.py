@@ -30,6 +30,7 @@ from ..records import refuse_content
 from .callbacks import SaveModelFolder, TrainingProgress
 from .checkpointing import FolderCheckpointIO, newest_checkpoint
 from .exact_resume import ExactResume
+from .loggers import default_loggers
 from .stopping import StopOnSignal, check_last_save, way_on
 
 MODEL_TYPES = {"language_model": "memzoo.train.modules:LanguageModelModule"}
@@ -43,6 +44,7 @@ DATA_TYPES = {
 _DEFAULT_TYPES = {"model": "language_model", "data": "text"}
 _REGISTRIES = {"model": MODEL_TYPES, "data": DATA_TYPES}
 
+DEFAULT_FOLDER = "runs"
 SAVE_MINUTES = 10.0  # the longest time without a checkpoint
 _SUBCOMMANDS = ("fit", "validate", "test")
 _IMPORTING_SECTIONS = ("trainer.callbacks", "trainer.logger", "trainer.strategy")
@@ -69,6 +71,7 @@ class TrainCLI(LightningCLI):
         self.types = chosen_types(args)
         refuse_imports(args, self.types)
         args = with_values(args, _init_types(_target("data", self.types)))
+        self._args = args
         strict = {"exit_on_error": False}
         super().__init__(
             _target("model", self.types),
@@ -76,7 +79,7 @@ class TrainCLI(LightningCLI):
             save_config_callback=SaveConfigCallback,
             save_config_kwargs={"overwrite": True},
             trainer_defaults={
-                "default_root_dir": "runs",
+                "default_root_dir": DEFAULT_FOLDER,
                 "enable_model_summary": False,
                 "log_every_n_steps": 10,
             },
@@ -183,7 +186,11 @@ class TrainCLI(LightningCLI):
                 callbacks.append(ModelCheckpoint(save_last=True))
         plugins = trainer_config.get("plugins") or []
         plugins = [*(plugins if isinstance(plugins, list) else [plugins]), FolderCheckpointIO()]
-        return super().instantiate_trainer(callbacks=callbacks, plugins=plugins, **kwargs)
+        settings = {"callbacks": callbacks, "plugins": plugins}
+        if trainer_config.get("logger") in (None, True):
+            place = trainer_config.get("default_root_dir") or DEFAULT_FOLDER
+            settings["logger"] = default_loggers(place, run_name(self._args))
+        return super().instantiate_trainer(**settings, **kwargs)
 
     @property
     def result(self) -> str | None:
@@ -214,6 +221,16 @@ def run_training(args: Sequence[str]) -> str | None:
         a line that says where the trained model is, or None where there is none.
     """
     return TrainCLI(configs.with_files(args, "train")).result
+
+
+def run_name(args: Sequence[str]) -> str:
+    """Name of a run: that of its last configuration file, or of the run whose ``config.yaml`` that is."""
+    files = [Path(value) for flag, value in _flags(args) if flag == "config"]
+    if not files:
+        return "run"
+    path = files[-1]
+    of_a_run = path.stem == "config" and path.resolve().parent.name.startswith("version_")
+    return path.resolve().parents[1].name if of_a_run else path.stem
 
 
 def check_configuration(args: Sequence[str]) -> None:

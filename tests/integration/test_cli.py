@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import errno
 import inspect
 import json
@@ -257,6 +258,26 @@ def test_a_run_stopped_by_a_signal_goes_on_from_its_folder(
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     for subcommand in ("validate", "test"):
         run("train", subcommand, "--config", "recall.yaml", "--ckpt_path", str(last))
+
+
+def test_a_run_logs_to_a_table_and_to_tensorboard_unless_told_otherwise(workplace: Path) -> None:
+    content = yaml.safe_load((workplace / "recall.yaml").read_text())
+    del content["trainer"]["logger"]
+    (workplace / "short.yaml").write_text(yaml.safe_dump(content | {"trainer": content["trainer"]}))
+    short = ("--trainer.max_epochs", "1")
+    run("train", "fit", "--config", "short.yaml", *short)
+    folder = workplace / "runs" / "short" / "version_0"
+    saved = folder / "config.yaml"
+    run("train", "fit", "--config", str(saved), "--ckpt_path", "runs", "--trainer.max_epochs", "2")
+    second = workplace / "runs" / "short" / "version_1"
+    for place, steps in ((folder, range(8)), (second, range(8, 16))):
+        assert len(list(place.glob("events.out.tfevents.*"))) == 1
+        with (place / "metrics.csv").open(newline="") as file:
+            logged = [int(row["step"]) for row in csv.DictReader(file) if row["train_loss"]]
+        assert logged == list(steps), "every step, and no step twice"
+        assert {path.name for path in place.iterdir()} >= {"config.yaml", "checkpoints", "model"}
+    run("train", "fit", "--config", "short.yaml", *short, "--trainer.logger", "false", "--output", "quiet")
+    assert not (workplace / "runs" / "short" / "version_2").exists()
 
 
 def test_a_run_without_its_last_checkpoint_ends_with_an_error(
