@@ -7,9 +7,14 @@ workers, and a resumed run goes on with exactly the batch that an uninterrupted 
 
 from __future__ import annotations
 
+import ctypes
+import functools
+import multiprocessing
 import os
+import signal
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +28,8 @@ from .mqar import IGNORE_INDEX
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
+
+_DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG
 
 
 @dataclass
@@ -166,7 +173,7 @@ class ResumableLoader(DataLoader[TokenBatch]):
             # The loader draws a seed for its workers at the start of each epoch. From the global generator it
             # would be one draw more in a resumed run, and every random number of the run would differ.
             generator=torch.Generator(),
-            worker_init_fn=_leave_group,
+            worker_init_fn=functools.partial(_begin_worker, os.getpid()),
         )
 
     def __iter__(self) -> Iterator[TokenBatch]:  # type: ignore[override]  # the parent names a private class
@@ -191,13 +198,22 @@ class ResumableLoader(DataLoader[TokenBatch]):
         self._start = self._num_yielded = state["num_yielded"] % max(len(self), 1)
 
 
-def _leave_group(worker: int) -> None:
-    """Takes a worker out of reach of signals to the whole group of processes, such as Ctrl-C in a terminal.
+def _begin_worker(run: int, worker: int) -> None:
+    """Ties a worker process to its run: it ends when the run is killed, and not before.
 
-    The run finishes its step before it stops; a worker would end at once, and the step with it.
+    Args:
+        run: process id of the run.
+        worker: number of the worker.
     """
+    # Out of reach of signals to the whole group, such as Ctrl-C in a terminal: the run finishes its step
+    # before it stops; a worker would end at once, and the step with it.
     if hasattr(os, "setpgrp"):
         os.setpgrp()
+    # PyTorch's own watch over the run begins after this; a run killed before it would leave a worker behind.
+    with suppress(AttributeError, OSError):
+        ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)  # Linux
+    if multiprocessing.get_start_method() == "fork" and os.getppid() != run:
+        os._exit(1)
 
 
 def check_loader_settings(*, batch_size: int, num_workers: int) -> None:
