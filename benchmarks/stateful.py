@@ -149,7 +149,7 @@ class Sizes:
 
     rows: int = 64
     steps: int = 400
-    test_batches: int = 64
+    test_batches: int = 32
 
 
 def model_config(mixer: str, task: Task) -> ModelConfig:
@@ -198,7 +198,7 @@ def train_once(arm: str, seed: int, task: Task, sizes: Sizes, options: Any) -> d
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Train, print a table, write the record."""
+    """Train, write the record after every run, print a table."""
     options_of = common.parser("Stateful beside stateless training.")
     options_of.add_argument("--seeds", type=int, default=3, help="seeds per arm (default: %(default)s)")
     options_of.add_argument("--steps", type=int, default=400, help="steps of a run (default: %(default)s)")
@@ -209,14 +209,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     warnings.filterwarnings("ignore", module="lightning")
     task = Task(window=16, num_pairs=2) if options.quick else Task()
     sizes = Sizes(rows=8, steps=4, test_batches=8) if options.quick else Sizes(steps=options.steps)
-    runs = []
-    for seed in range(1 if options.quick else options.seeds):
-        for arm in ARMS:
-            run = train_once(arm, seed, task, sizes, options)
-            runs.append(run)
-            print(f"{arm}, seed {seed}: {run['far_accuracy']:.3f} in {run['seconds']:.0f} s", flush=True)
-    header = ("arm", "seed", "same window", "earlier batch", "seconds")
-    print(common.table([tuple(run.values()) for run in runs], header))
     described = {
         "task": asdict(task),
         "windows_per_document": NUM_WINDOWS,
@@ -227,7 +219,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "threads": torch.get_num_threads(),
         "device": str(options.device),
     }
-    common.save(options, "stateful", described, {"chance": 1 / task.num_values, "runs": runs})
+    runs: list[dict[str, Any]] = []
+    for seed in range(1 if options.quick else options.seeds):
+        for arm in ARMS:
+            run = train_once(arm, seed, task, sizes, options)
+            runs.append(run)
+            print(f"{arm}, seed {seed}: {run['far_accuracy']:.3f} in {run['seconds']:.0f} s", flush=True)
+            common.save(options, "stateful", described, {"chance": 1 / task.num_values, "runs": runs})
+    header = ("arm", "seed", "same window", "earlier batch", "seconds")
+    print(common.table([tuple(run.values()) for run in runs], header))
     return 0
 
 

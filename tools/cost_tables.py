@@ -5,7 +5,7 @@
 
 A page marks each table with `<!-- table: NAME ARGUMENT -->` and `<!-- end table -->`; what stands between
 is replaced. Tables of measured figures come from `benchmarks/records/*.json` and are empty where the
-record does not exist. The figures (`docs/mixers/figures/*.svg`) carry their data in their metadata and are
+record does not exist (`record_tables.py`). The figures (`*.svg`) carry their data in their metadata and are
 drawn again only when the data changed.
 """
 
@@ -16,22 +16,21 @@ import dataclasses
 import inspect
 import json
 import re
-import statistics
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import record_tables
 import torch
+from record_tables import markdown, readable
 
 from memzoo.layers import TokenMixer, build_mixer
 from memzoo.layers.parts.feature_maps import list_feature_maps, make_feature_map
 from memzoo.layers.registry import mixer_entry
-from memzoo.records import read_record
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
-RECORDS = ROOT / "benchmarks" / "records"
 FIGURES = DOCS / "mixers" / "figures"
 
 LENGTHS = (1024, 32_768, 1_000_000)
@@ -103,6 +102,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stale.append(FIGURES / f"{name}.svg")
             if not options.check:
                 draw(name)
+    for path, data, drawn in record_tables.figures():
+        if figure_data(path) != data:
+            stale.append(path)
+            if not options.check:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                drawn(path, data)
     for path in stale:
         print(f"{'out of date' if options.check else 'wrote'}: {path.relative_to(ROOT)}")
     return 1 if stale and options.check else 0
@@ -356,185 +361,11 @@ def _yaml(value: Any) -> str:
     return str(value)
 
 
-# ---------------------------------------------------------------------------------------------- records
-
-
-def recall_table(argument: str, page: Path) -> str:
-    """Accuracy on MQAR per configuration, from `mqar*.json`."""
-    parts = []
-    for path, record in records("mqar*.json"):
-        runs = record["results"]["runs"]
-        rows = []
-        for name in dict.fromkeys(run["configuration"] for run in runs):
-            own = [run for run in runs if run["configuration"] == name]
-            accuracies = ", ".join(f"{run['test_accuracy']:.1%}" for run in own)
-            seconds = statistics.median(run["seconds"] for run in own)
-            rows.append([f"`{name}`", accuracies, f"{seconds:.0f}"])
-        header = ["configuration", "test accuracy, one figure per seed", "seconds of a run (median)"]
-        parts.append(markdown(header, rows) + "\n" + provenance(path, record, page))
-    return _section("Measured: recall (MQAR)", parts)
-
-
-def decode_table(argument: str, page: Path) -> str:
-    """Milliseconds per decoded token, from `decode.json`; `argument` picks models by a regular expression."""
-    parts = []
-    for path, record in records("decode.json"):
-        generated = {
-            (row["model"], row["context"]): row["ms_per_token"] for row in record["results"]["generate"]
-        }
-        rows = []
-        for row in record["results"]["step"]:
-            if re.search(argument or ".", row["model"]):
-                other = generated.get((row["model"], row["context"]))
-                cells = [f"{row['context']:,}", f"{row['ms_per_token']:.2f}"]
-                cells.append("" if other is None else f"{other:.2f}")
-                rows.append([row["model"], *cells, readable(row["state_bytes"], "B")])
-        header = ["model", "context", "ms per token, `step`", "ms per token, `generate`", "state"]
-        parts.append(markdown(header, rows) + "\n" + provenance(path, record, page))
-    return _section("Measured: decoding", parts)
-
-
-def conversion_table(argument: str, page: Path) -> str:
-    """The rows of conversions with their paired differences, from `demo*.json` and `convert*.json`."""
-    parts = []
-    for path, record in [*records("demo*.json"), *records("convert*.json")]:
-        results = record["results"]
-        books = list(next(iter(results["rows"].values()))["books"])
-        rows = []
-        for name, row in results["rows"].items():
-            sizes = [readable(row["state_num_bytes"][str(n)], "B") for n in LENGTHS]
-            perplexities = [f"{row['books'][book]['perplexity']:.2f}" for book in books]
-            rows.append(
-                [name, *perplexities, *sizes, f"{row['num_trained']:,}" if row["num_trained"] else ""]
-            )
-        header = ["model", *(f"perplexity, {book}" for book in books)]
-        header += [*(f"state at {n:,}" for n in LENGTHS), "trained numbers"]
-        lines = [
-            f"- {label}, {book}: {pair['mean']:+.4f} nats per token over {pair['num_pairs']} windows, "
-            f"{pair['confidence']:.0%} interval {pair['t_low']:+.4f} to {pair['t_high']:+.4f}"
-            for label, found in results.get("differences", {}).items()
-            for book, pair in found.items()
-        ]
-        parts.append(
-            f"{path.stem}:\n\n"
-            + markdown(header, rows)
-            + "\n"
-            + "\n".join(lines)
-            + "\n\n"
-            + provenance(path, record, page)
-        )
-    return _section("Measured", parts)
-
-
-def kernel_table(argument: str, page: Path) -> str:
-    """One part of `kernels.json`, as the record has it: `attention` or `linear`."""
-    parts = []
-    for path, record in records("kernels.json"):
-        measured = record["results"].get(argument, [])
-        if not measured:
-            continue
-        settings = list(dict.fromkeys(key for row in measured for key in row["setting"]))
-        figures = {
-            "median_ms": "ms",
-            "peak_mib": "peak MiB",
-            "share_of_matmul_rate": "share of matmul rate",
-            "relative_error": "relative error",
-        }
-        shown = [key for key in figures if any(row.get(key) is not None for row in measured)]
-        rows = []
-        for row in measured:
-            cells = [str(row["setting"].get(key, "")) for key in settings]
-            if "skipped" in row:
-                cells += [f"left out: {row['skipped']}", *[""] * (len(shown) - 1)]
-            else:
-                cells += ["" if row.get(key) is None else f"{row[key]:.4g}" for key in shown]
-            rows.append([row["function"], *cells])
-        header = ["function", *settings, *(figures[key] for key in shown)]
-        parts.append(markdown(header, rows) + "\n" + provenance(path, record, page))
-    return _section("Measured: kernels", parts)
-
-
-def record_table(argument: str, page: Path) -> str:
-    """All records that are there, with their commands."""
-    rows = []
-    for path, record in records("*.json"):
-        rows.append(
-            [
-                _link(path, page),
-                f"`{record.get('command')}`",
-                str(record.get("date", ""))[:10],
-                _commit(record),
-                _machine(record),
-            ]
-        )
-    if not rows:
-        return ""
-    return markdown(["record", "command", "date", "commit", "machine"], rows)
-
-
-def records(pattern: str) -> list[tuple[Path, dict[str, Any]]]:
-    """The records whose file names match, sorted."""
-    return [(path, read_record(path)) for path in sorted(RECORDS.glob(pattern))]
-
-
-def provenance(path: Path, record: Mapping[str, Any], page: Path) -> str:
-    """Where a table comes from, in one sentence."""
-    return (
-        f"Record {_link(path, page)}: `{record.get('command')}` at commit {_commit(record)}, "
-        f"{_machine(record)}.\n"
-    )
-
-
-def _link(path: Path, page: Path) -> str:
-    up = "../" * len(page.relative_to(ROOT).parents[:-1])
-    return f"[{path.name}]({up}benchmarks/records/{path.name})"
-
-
-def _commit(record: Mapping[str, Any]) -> str:
-    commit = str(record.get("commit") or "unknown")
-    return commit[:10] + ("-dirty" if commit.endswith("-dirty") else "")
-
-
-def _machine(record: Mapping[str, Any]) -> str:
-    hardware = record.get("hardware") or {}
-    accelerator = hardware.get("accelerator")
-    if accelerator:
-        return str(accelerator["name"])
-    return f"{hardware.get('processor')}, {hardware.get('torch_threads')} threads"
-
-
-def _section(title: str, parts: Sequence[str]) -> str:
-    return f"\n## {title}\n\n" + "\n".join(parts) + "\n" if parts else ""
-
-
-# ---------------------------------------------------------------------------------------------- text
-
-
-def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; pipes inside cells are escaped."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "".join("| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |\n" for line in lines)
-
-
-def readable(count: float, unit: str) -> str:
-    """1,536 -> "1.536 kB"; four digits, decimal units (k, M, G)."""
-    value, prefix = float(count), ""
-    for prefix in ("", "k", "M", "G"):
-        if value < 1000 or prefix == "G":
-            break
-        value /= 1000
-    return f"{value:.4g} {prefix}{unit}".strip()
-
-
 TABLES: dict[str, Callable[[str, Path], str]] = {
     "fields": field_table,
     "costs": cost_table,
     "feature_maps": feature_map_table,
-    "recall": recall_table,
-    "decoding": decode_table,
-    "conversion": conversion_table,
-    "kernels": kernel_table,
-    "records": record_table,
+    **record_tables.TABLES,
 }
 
 

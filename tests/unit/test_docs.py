@@ -37,6 +37,7 @@ def name_of(page: Path) -> str:
 
 @pytest.fixture(scope="module")
 def tool() -> ModuleType:
+    sys.path.insert(0, str(ROOT / "tools"))
     spec = importlib.util.spec_from_file_location("cost_tables", ROOT / "tools" / "cost_tables.py")
     assert spec is not None
     assert spec.loader is not None
@@ -211,15 +212,18 @@ def test_figures_are_current(tool: ModuleType) -> None:
     for name in tool.SUBJECTS:
         found = tool.figure_data(tool.FIGURES / f"{name}.svg")
         assert found == tool.state_curves(name), "run python tools/cost_tables.py"
+    for path, data, _ in tool.record_tables.figures():
+        assert tool.figure_data(path) == data, "run python tools/cost_tables.py"
 
 
 def test_measured_tables_come_from_records(
     tool: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     page = ROOT / "docs" / "mixers" / "attention.md"
-    monkeypatch.setattr(tool, "RECORDS", tmp_path)
-    measured = ("recall", "decoding", "conversion", "records")
-    assert [tool.TABLES[name]("", page) for name in measured] == [""] * 4
+    monkeypatch.setattr(tool.record_tables, "RECORDS", tmp_path)
+    measured = ("recall", "decoding", "conversion", "stateful", "training_memory", "records")
+    assert [tool.TABLES[name]("", page) for name in measured] == [""] * 6
+    assert list(tool.record_tables.figures()) == []
     assert tool.TABLES["kernels"]("linear", page) == ""
 
     def record(name: str, results: dict[str, object]) -> None:
@@ -240,6 +244,27 @@ def test_measured_tables_come_from_records(
     left_out = {"function": "sdpa", "setting": {"tokens": 32768}, "skipped": "too large"}
     record("kernels", {"linear": [timed, left_out]})
 
+    run = {"arm": "carried", "near_accuracy": 1.0, "far_accuracy": 0.953, "seconds": 20.0}
+    record("stateful", {"chance": 0.0625, "runs": [run, {**run, "far_accuracy": 0.97}]})
+    case = {"model": "window", "tokens": 16384, "chunked": True, "recompute": False, "fits": True}
+    cases = [
+        {**case, "peak_bytes": 3 << 30, "tensor_bytes": 2 << 30},
+        {**case, "chunked": False, "fits": False},
+    ]
+    write_record(
+        tmp_path / "training_memory.json",
+        name="training_memory",
+        config={"limit_gib": 18.0},
+        results={"cases": cases},
+        command="make memory",
+    )
+
+    assert "| carried | 100.0%, 100.0% | 95.3%, 97.0% | 20 |" in tool.TABLES["stateful"]("", page)
+    memory = tool.TABLES["training_memory"]("", page)
+    assert "| 16,384 | window | over 18 GiB |  | 3.00 GiB (2.00) |  |" in memory
+    ((path, data, draw),) = tool.record_tables.figures()
+    draw(tmp_path / path.name, data)
+    assert tool.figure_data(tmp_path / path.name) == data
     assert "| `train/mqar_based` | 95.7%, 94.1% | 125 |" in tool.TABLES["recall"]("", page)
     decoding = tool.TABLES["decoding"]("attention$", page)
     assert "| small attention | 4,096 | 1.25 |  | 2 MB |" in decoding
@@ -252,7 +277,7 @@ def test_measured_tables_come_from_records(
     kernels = tool.TABLES["kernels"]("linear", page)
     assert "| window 64 | 1024 | 3.25 |" in kernels
     assert "| sdpa | 32768 | left out: too large |" in kernels
-    assert tool.TABLES["records"]("", page).count("\n") == 6
+    assert tool.TABLES["records"]("", page).count("\n") == 8
 
 
 def test_yaml_blocks_are_yaml() -> None:
