@@ -184,9 +184,9 @@ def train_once(arm: str, seed: int, task: Task, sizes: Sizes, options: Any) -> d
             enable_model_summary=False,
             default_root_dir=folder,
         )
-        begin = time.perf_counter()
+        begin = time.process_time()
         trainer.fit(module, datamodule=Data(Documents(task, seed, sizes.rows, sizes.steps, whole=whole)))
-        seconds = time.perf_counter() - begin
+        cpu_seconds = time.process_time() - begin
         found = {}
         for name, window in (("near", 0), ("far", NUM_WINDOWS - 1)):
             source = Documents(
@@ -194,7 +194,7 @@ def train_once(arm: str, seed: int, task: Task, sizes: Sizes, options: Any) -> d
             )
             (measured,) = trainer.test(module, ResumableLoader(source), verbose=False)
             found[f"{name}_accuracy"] = measured["test_accuracy"]
-    return {"arm": arm, "seed": seed, **found, "seconds": seconds}
+    return {"arm": arm, "seed": seed, **found, "cpu_seconds": cpu_seconds}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -224,9 +224,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for arm in ARMS:
             run = train_once(arm, seed, task, sizes, options)
             runs.append(run)
-            print(f"{arm}, seed {seed}: {run['far_accuracy']:.3f} in {run['seconds']:.0f} s", flush=True)
+            print(f"{arm}, seed {seed}: {run['far_accuracy']:.3f} in {run['cpu_seconds']:.0f} s", flush=True)
             common.save(options, "stateful", described, {"chance": 1 / task.num_values, "runs": runs})
-    header = ("arm", "seed", "same window", "earlier batch", "seconds")
+    header = ("arm", "seed", "same window", "earlier batch", "CPU seconds")
     print(common.table([tuple(run.values()) for run in runs], header))
     return 0
 

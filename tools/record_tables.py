@@ -123,8 +123,8 @@ def stateful_table(argument: str, page: Path) -> str:
             shares = [
                 ", ".join(f"{run[key]:.1%}" for run in own) for key in ("near_accuracy", "far_accuracy")
             ]
-            rows.append([arm, *shares, f"{statistics.median(run['seconds'] for run in own):.0f}"])
-        header = ["training", "asked in the same window", "asked three batches later", "seconds (median)"]
+            rows.append([arm, *shares, f"{statistics.median(run['cpu_seconds'] for run in own):.0f}"])
+        header = ["training", "asked in the same window", "asked three batches later", "CPU seconds (median)"]
         chance = f"Chance is {record['results']['chance']:.1%}; one figure per seed.\n\n"
         parts.append(markdown(header, rows) + "\n" + chance + provenance(path, record, page))
     return "\n" + "\n".join(parts) + "\n" if parts else ""

@@ -244,7 +244,7 @@ def test_measured_tables_come_from_records(
     left_out = {"function": "sdpa", "setting": {"tokens": 32768}, "skipped": "too large"}
     record("kernels", {"linear": [timed, left_out]})
 
-    run = {"arm": "carried", "near_accuracy": 1.0, "far_accuracy": 0.953, "seconds": 20.0}
+    run = {"arm": "carried", "near_accuracy": 1.0, "far_accuracy": 0.953, "cpu_seconds": 20.0}
     record("stateful", {"chance": 0.0625, "runs": [run, {**run, "far_accuracy": 0.97}]})
     case = {"model": "window", "tokens": 16384, "chunked": True, "recompute": False, "fits": True}
     cases = [
