@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.distributed import DistributedSampler
 
+from ...models.config import ModelConfig
 from .mqar import IGNORE_INDEX
 
 if TYPE_CHECKING:
@@ -244,4 +245,23 @@ def refuse_processes(trainer: Trainer | None, what: str) -> None:
         raise ValueError(
             f"{what} can be read by one training process only, got {trainer.world_size}. "
             "Set trainer.devices=1 and trainer.num_nodes=1."
+        )
+
+
+def check_ids(trainer: Trainer | None, largest: int, num_tokens: int) -> None:
+    """Refuse data with tokens that the model does not have.
+
+    Args:
+        trainer: the one that will read the data, if there is one yet.
+        largest: largest token id of the data.
+        num_tokens: tokens of the tokenizer, for the message.
+
+    Raises:
+        ValueError: the model to be trained has fewer ids.
+    """
+    config = getattr(None if trainer is None else trainer.lightning_module, "config", None)
+    if isinstance(config, ModelConfig) and largest >= config.vocab_size:
+        raise ValueError(
+            f"the data holds the token {largest}, but the model has the ids 0 to {config.vocab_size - 1}. Is "
+            f"the tokenizer that of the model? A new model needs vocab_size: {num_tokens}."
         )

@@ -11,7 +11,14 @@ import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 
-from .batches import BatchSource, EpochOrder, ResumableLoader, TokenBatch, check_loader_settings
+from .batches import (
+    BatchSource,
+    EpochOrder,
+    ResumableLoader,
+    TokenBatch,
+    check_ids,
+    check_loader_settings,
+)
 from .conversations import Conversation, ConversationEncoder, messages_of
 from .datasets_source import DatasetSource, numbered, open_dataset
 from .documents import check_text_file, names, read_records
@@ -113,6 +120,8 @@ class ChatDataModule(LightningDataModule):
                     f"there is no {name} conversation in which the assistant says something within "
                     f"{self.seq_len} tokens. Give more conversations, or a larger seq_len."
                 )
+        largest = max(int(conversation.tokens.max()) for conversation in (*train, *val))
+        check_ids(self.trainer, largest, self.vocab_size)
         self._train, self._val = self._batches(train, shuffle=self.shuffle), val
 
     def train_dataloader(self) -> ResumableLoader:

@@ -87,7 +87,7 @@ class ContiguousBatches(BatchSource):
         input_ids = torch.zeros(shape, dtype=torch.int64)
         labels = torch.full(shape, IGNORE_INDEX)
         mask = torch.zeros(shape, dtype=torch.bool)
-        resets = torch.full((len(self._rows),), index == 0)
+        resets = torch.zeros(len(self._rows), dtype=torch.bool)
         for row, order in enumerate(self._epoch_order(epoch)):
             place = int(np.searchsorted(order.ends, index, side="right"))
             if place == len(order.documents):

@@ -47,7 +47,8 @@ class ConversationEncoder:
         render(messages[: i + 1])  has more than  render(messages[:i], add_generation_prompt=True)
 
     so these renderings have to be beginnings of one another and of the whole. White space between the token
-    that ends the turn and the next turn is not part of it.
+    that ends the turn and the next turn is not part of it; a token that begins before the turn and ends in it
+    is.
 
     Args:
         source: ``"bytes"``, a folder with a tokenizer, or a ``.gguf`` file.
@@ -134,8 +135,6 @@ class ConversationEncoder:
     ) -> Conversation:
         ends = np.array([end for _, end in offsets], dtype=np.int64)
         starts = np.array([start for start, _ in offsets], dtype=np.int64)
-        # Some tokenizers leave white space out of the offsets; it then belongs to the token behind the gap.
-        starts[1:] = np.minimum(starts[1:], ends[:-1])
         is_special = np.isin(ids, self._special)
         is_reply = np.zeros(len(ids), dtype=bool)
         for first, last in turns:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from lightning.pytorch import LightningDataModule
 
-from .batches import ResumableLoader, check_loader_settings, refuse_processes
+from .batches import ResumableLoader, check_ids, check_loader_settings, refuse_processes
 from .datasets_source import DatasetSource, stream_dataset
 from .documents import TextEncoder, check_text_file, names
 from .streaming import StreamedWindows, StreamLoader
@@ -97,6 +97,8 @@ class StreamDataModule(LightningDataModule):
             documents += self.encoder.encode_first(self.val_dataset, self.max_val_windows * self.seq_len + 1)
         val = TokenStream.join(documents)
         check_length(val, "validation", self.seq_len)
+        # what the stream will bring is not known yet, but like this text it is text of the same tokenizer
+        check_ids(self.trainer, int(val.tokens.max()), self.vocab_size)
         self._val = val
 
     def train_dataloader(self) -> StreamLoader:

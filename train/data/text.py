@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from lightning.pytorch import LightningDataModule
 
-from .batches import BatchSource, ResumableLoader, check_loader_settings, refuse_processes
+from .batches import BatchSource, ResumableLoader, check_ids, check_loader_settings, refuse_processes
 from .contiguous import ContiguousBatches
 from .datasets_source import DatasetSource
 from .documents import TextEncoder, check_text_file, names
@@ -112,6 +112,8 @@ class TextDataModule(LightningDataModule):
             train, val = train.cut(held_out_start(train, self.val_fraction))
         check_length(train, "training", self.seq_len)
         check_length(val, "validation", self.seq_len)
+        largest = max(int(train.tokens.max()), int(val.tokens.max()))
+        check_ids(self.trainer, largest, self.vocab_size)
         self._train, self._val = self._batches(train, self.batch_size, shuffle=self.shuffle), val
 
     def train_dataloader(self) -> ResumableLoader:

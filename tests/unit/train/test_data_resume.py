@@ -23,7 +23,7 @@ from .run_toys import Book, SaveAlways, toy_trainer
 
 ROWS = DatasetSource(path="json", data_files="rows.jsonl")
 TEMPLATE = (
-    "{% for m in messages %}{{ m.role + m.content }}{% endfor %}"
+    "{% for m in messages %}{{ m.role + m.content + eos_token }}{% endfor %}"
     "{% if add_generation_prompt %}assistant{% endif %}"
 )
 KINDS: dict[str, Any] = {
@@ -55,10 +55,12 @@ def rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 class Watched(LanguageModelModule):
     """Remembers the batches that it is trained on."""
 
-    def __init__(self, *, carry_state: bool) -> None:
+    def __init__(self, *, carry_state: bool, vocab_size: int = 257) -> None:
         torch.manual_seed(0)
         layers = [{"type": "base_conv"}, {"type": "based", "num_heads": 1, "feature_dim": 4}]
-        super().__init__(ModelConfig(vocab_size=257, d_model=8, layers=layers), carry_state=carry_state)
+        super().__init__(
+            ModelConfig(vocab_size=vocab_size, d_model=8, layers=layers), carry_state=carry_state
+        )
         self.batches: list[TokenBatch] = []
 
     def training_step(self, batch: TokenBatch, batch_idx: int) -> torch.Tensor:
@@ -106,3 +108,11 @@ def test_workers_read_what_the_main_process_reads(kind: str) -> None:
         read.append([*loader, *loader])
     assert_same(*read)
     assert len(read[0]) == 2 * len(loader) - 3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tokens_that_the_model_does_not_have_are_found_before_the_training(kind: str) -> None:
+    module = Watched(carry_state=False, vocab_size=256)
+    with pytest.raises(ValueError, match="the token 256, but the model has the ids 0 to 255"):
+        toy_trainer(Book()).fit(module, KINDS[kind]())
+    assert not module.batches
