@@ -15,20 +15,24 @@ costs milliseconds. Needs a system with `fork`.
 from __future__ import annotations
 
 import csv
+import json
 import os
 import random
+import re
 import signal
 import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import common
 import torch
 import yaml
+from conversion_cases import RECIPES, conversion_case
 
 from memzoo import cli
 from memzoo.models.checkpoints.files import peek_folder
@@ -74,12 +78,24 @@ RUN = {
 }
 
 
-def train_text(folder: Path) -> Ends:
-    """`memzoo train fit` on a text: weights and every logged number."""
+# Documents of several windows, read through by rows that carry their memory from batch to batch.
+CARRIED_RUN = {
+    **RUN,
+    "model": {**RUN["model"], "carry_state": True, "recompute": True},
+    "data": {**RUN["data"], "files": ["books.jsonl"], "contiguous": True},
+}
+
+
+def train_text(folder: Path, run: Mapping[str, Any] = RUN) -> Ends:
+    """`memzoo train fit` on a text: weights, carried memory and every logged number."""
     os.chdir(folder)
-    words = random.Random(0).choices(["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy"], k=3000)
+    drawn = random.Random(0)
+    words = drawn.choices(["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy"], k=3000)
     write_text_atomically("book.txt", " ".join(words))
-    write_text_atomically("text.yaml", yaml.safe_dump(RUN))
+    cuts = [0, *sorted(drawn.sample(range(1, 3000), k=15)), 3000]
+    books = [" ".join(words[low:high]) for low, high in zip(cuts, cuts[1:], strict=False)]
+    write_text_atomically("books.jsonl", "".join(json.dumps({"text": book}) + "\n" for book in books))
+    write_text_atomically("text.yaml", yaml.safe_dump(dict(run)))
     go_on = [] if newest_checkpoint("runs") is None else ["--ckpt_path", "runs"]
     status = cli.main(["train", "fit", "--config", "text.yaml", "--output", "model", "--overwrite", *go_on])
     if status:
@@ -87,7 +103,9 @@ def train_text(folder: Path) -> Ends:
     last = newest_checkpoint("runs")
     assert last is not None
     checkpoint = load_checkpoint_folder(last)
-    return {**checkpoint["state_dict"], **logged_numbers(Path("runs"))}
+    carried = checkpoint["memzoo"].get("carried", {}).get("train", {}).get("tensors", {})
+    memory = {f"memory {name}": tensor for name, tensor in carried.items()}
+    return {**checkpoint["state_dict"], **memory, **logged_numbers(Path("runs"))}
 
 
 def logged_numbers(folder: Path) -> dict[str, str]:
@@ -109,7 +127,11 @@ def logged_numbers(folder: Path) -> dict[str, str]:
     return numbers
 
 
-CASES: dict[str, Case] = {"train text": train_text}
+CASES: dict[str, Case] = {
+    "train text": train_text,
+    "train with carried memory": partial(train_text, run=CARRIED_RUN),
+    **{f"convert: {name}": conversion_case(name) for name in RECIPES},
+}
 
 
 def in_child(function: Callable[[], None], output: Path) -> int:
@@ -297,14 +319,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         for name in options.only or [*CASES, "saves"]:
-            place = Path(folder, name.replace(" ", "_"))
+            place = Path(folder, re.sub(r"\W+", "_", name))
             place.mkdir()
             if name == "saves":
                 results[name] = kill_saves(place, kills=kills)
             else:
                 results[name] = kill_case(CASES[name], place, kills=kills)
             print(f"{name}: {results[name]}", flush=True)
-    common.save(options, "kills", {"kills": kills, "run": RUN}, results)
+    common.save(options, "kills", {"kills": kills, "run": RUN, "conversions": RECIPES}, results)
     lost = [
         name
         for name, found in results.items()
