@@ -286,8 +286,9 @@ def _class(name: str) -> type:
         return TaskDataModule
     if name.startswith("task_"):
         from memzoo.train.data.tasks import TASKS
+        from memzoo.train.data.text_tasks import TEXT_TASKS
 
-        return TASKS[name.removeprefix("task_")]
+        return {**TASKS, **TEXT_TASKS}[name.removeprefix("task_")]
     if name == "data_mqar":
         from memzoo.train.data.mqar_module import MQARDataModule
 

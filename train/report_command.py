@@ -38,6 +38,7 @@ def evaluate_all(
     perplexity: Sequence[dict[str, Any]] = (),
     speed: Sequence[dict[str, Any]] = (),
     mqar: Sequence[dict[str, Any]] = (),
+    task: Sequence[dict[str, Any]] = (),
     title: str = "Evaluation",
     overwrite: bool = False,
 ) -> str:
@@ -49,15 +50,18 @@ def evaluate_all(
         perplexity: flags of `memzoo evaluate perplexity` without model and output, one entry per measurement.
         speed: flags of `memzoo evaluate speed`, in the same way.
         mqar: flags of `memzoo evaluate mqar`.
+        task: flags of `memzoo evaluate task`.
         title: of the page.
         overwrite: replace the records and the page of an earlier evaluation in the folder.
     """
     from ..records import refuse_content, results_folder
     from .evaluate_command import evaluate_mqar, evaluate_perplexity, evaluate_speed
+    from .task_commands import evaluate_task
 
     asked: list[tuple[str, Callable[..., str], Sequence[Settings]]] = [
         ("perplexity", evaluate_perplexity, perplexity),
         ("mqar", evaluate_mqar, mqar),
+        ("task", evaluate_task, task),
         ("speed", evaluate_speed, speed),
     ]
     if not models or not any(entries for _, _, entries in asked):

@@ -48,6 +48,7 @@ COMMANDS: dict[str, Command] = {
             "perplexity": "memzoo.train.evaluate_command:evaluate_perplexity",
             "mqar": "memzoo.train.evaluate_command:evaluate_mqar",
             "speed": "memzoo.train.evaluate_command:evaluate_speed",
+            "task": "memzoo.train.task_commands:evaluate_task",
             "compare": "memzoo.train.evaluate_command:compare",
             "page": "memzoo.train.report_command:page",
             "all": "memzoo.train.report_command:evaluate_all",

@@ -7,15 +7,13 @@ determined by the tokens before them, and a task can be drawn at any length.
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 from torch import Tensor
 
-from ....layers.contract import suggest
 from .associative_retrieval import AssociativeRetrievalTask
-from .base import Task, TaskExamples
+from .base import Setting, Task, TaskExamples, config_from
 from .copying import CopyingTask
 from .multi_document_recall import MultiDocumentRecallTask
 from .needle import NeedleTask
@@ -32,8 +30,6 @@ TASKS: dict[str, type[Task]] = {
 }
 
 SPLITS = ("train", "val", "test", "evaluate")
-
-Setting = bool | int | float | str | None | Sequence[float]
 
 __all__ = [
     "SPLITS",
@@ -68,32 +64,17 @@ def draw(config: Task, rng: np.random.Generator, num_examples: int) -> tuple[Ten
     return drawn.inputs, drawn.labels
 
 
-def make_task(
-    settings: Mapping[str, Setting], *, seq_len: int, tasks: Mapping[str, type[Task]] = TASKS
-) -> Task:
+def make_task(settings: Mapping[str, Setting], *, seq_len: int) -> Task:
     """A task from plain data.
 
     Args:
         settings: ``{type: ..., ...}``, without the length.
         seq_len: tokens per example.
-        tasks: types to choose from.
 
     Raises:
         ValueError: unknown type or key (the nearest is suggested), or settings that do not fit.
     """
-    if not isinstance(settings, Mapping) or "type" not in settings:
-        raise ValueError(f"a task is a mapping with a type, got {settings!r}. {suggest('', tasks)}")
-    fields = {str(name): value for name, value in settings.items() if name != "type"}
-    name = str(settings["type"])
-    if name not in tasks:
-        raise ValueError(f"task type {name!r} is unknown. {suggest(name, tasks)}")
-    if "seq_len" in fields:
-        raise ValueError("seq_len is no setting of the task here. Give the lengths beside the task.")
-    known = {field.name for field in dataclasses.fields(tasks[name])} - {"seq_len"}
-    for field in fields:
-        if field not in known:
-            raise ValueError(f"the task {name!r} has no setting {field!r}. {suggest(field, known)}")
-    return tasks[name](seq_len=seq_len, **fields)
+    return config_from(settings, seq_len=seq_len, types=TASKS)
 
 
 def split_rng(seed: int, split: str, first: int, second: int) -> np.random.Generator:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ....layers.contract import check_positive
+from ....layers.contract import check_positive, suggest
 from ..mqar import IGNORE_INDEX
 
 # Dimensions: N examples, L tokens of an example, m things of one kind in an example
@@ -18,6 +20,9 @@ from ..mqar import IGNORE_INDEX
 BLANK = 0  # the token of an empty position
 ASK = 1  # the mark in front of a question
 NO_EVIDENCE = -1
+
+Setting = bool | int | float | str | None | Sequence[float]
+Config = TypeVar("Config")
 
 
 @dataclass(frozen=True)
@@ -128,6 +133,30 @@ class Rows:
         if table.ndim == 2:
             return table
         return np.broadcast_to(table.reshape(-1, 1), (len(self.inputs), 1))
+
+
+def config_from(
+    settings: Mapping[str, Setting], *, seq_len: int, types: Mapping[str, type[Config]]
+) -> Config:
+    """A task config from ``{type: ..., ...}`` and its length.
+
+    Raises:
+        ValueError: unknown type or key (the nearest is suggested), or settings that do not fit.
+    """
+    if not isinstance(settings, Mapping) or "type" not in settings:
+        raise ValueError(f"a task is a mapping with a type, got {settings!r}. {suggest('', types)}")
+    fields = {str(name): value for name, value in settings.items() if name != "type"}
+    name = str(settings["type"])
+    if name not in types:
+        raise ValueError(f"task type {name!r} is unknown. {suggest(name, types)}")
+    if "seq_len" in fields:
+        raise ValueError("seq_len is no setting of the task here. Give the lengths beside the task.")
+    known = {field.name for field in dataclasses.fields(types[name])} - {"seq_len"}  # type: ignore[arg-type]
+    for field in fields:
+        if field not in known:
+            raise ValueError(f"the task {name!r} has no setting {field!r}. {suggest(field, known)}")
+    make: Callable[..., Config] = types[name]
+    return make(seq_len=seq_len, **fields)
 
 
 def parts_of_vocabulary(marks: int, **sizes: int) -> dict[str, range]:
