@@ -19,6 +19,7 @@ def convert(
     ablations: bool = False,
     books: Sequence[str] = ("moby_dick", "emma"),
     num_windows: int = 8,
+    window_size: int = 1024,
     seed: int | None = None,
     steps: dict[str, int] | None = None,
     accelerator: str = "auto",
@@ -39,7 +40,8 @@ def convert(
         control: also train the control, a window with the same sinks, budget, tokens and seed but no memory.
         ablations: also measure the hybrid after each stage, and train it without its alignment.
         books: bundled texts for the comparison; an empty list leaves it out.
-        num_windows: windows of 1,024 tokens of each book.
+        num_windows: windows of each book, one after another.
+        window_size: tokens of each; every window starts with an empty memory.
         seed: replaces the seed of the recipe.
         steps: replaces the steps of stages, for example {align: 10, tune: 60}.
         accelerator: where to train, as Lightning names it.
@@ -57,7 +59,6 @@ def convert(
     from .conversion.recipe import check_recipe, read_recipe, recipe_dict
     from .conversion.run import (
         FIRST_TOKEN,
-        WINDOW_SIZE,
         Comparison,
         book_tokens,
         check_accelerator,
@@ -98,7 +99,7 @@ def convert(
             'Or leave the comparison out with --books "[]".'
         )
     for ids in tokens.values():
-        window_starts(len(ids), WINDOW_SIZE, num_windows, FIRST_TOKEN)
+        window_starts(len(ids), window_size, num_windows, FIRST_TOKEN)
 
     def save(name: str, conversion: Any) -> None:
         if name == "hybrid":
@@ -112,7 +113,9 @@ def convert(
         chosen,
         folder,
         tokens=tokens,
-        comparison=Comparison(control=control, ablations=ablations, num_windows=num_windows),
+        comparison=Comparison(
+            control=control, ablations=ablations, num_windows=num_windows, window_size=window_size
+        ),
         settings=StageSettings(accelerator=accelerator, save_seconds=save_seconds),
         cache=None if teacher_cache is None else Path(teacher_cache),
         # saved as soon as it is trained, so that a later failure loses nothing

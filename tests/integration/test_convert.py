@@ -309,6 +309,7 @@ def test_a_mistake_is_told_before_any_work(
         ([*given, *fresh, "--books", "moby_duck"], "moby_dick"),
         ([*given, *fresh, "--num_windows", "1"], "num_windows must be at least 2"),
         ([*given, *fresh, "--num_windows", "100000"], "room for"),
+        ([*given, *fresh, "--window_size", "0"], "window_size must be at least 1"),
         ([*given, *fresh, "--accelerator", "gppu"], "accelerator 'gppu' cannot be used"),
         ([*given, *fresh, "--steps", "{alingn: 3}"], "Did you mean 'align'"),
         ([*given, *fresh, "--save_seconds", "-1"], "save_seconds"),
