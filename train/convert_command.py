@@ -23,6 +23,7 @@ def convert(
     seed: int | None = None,
     steps: dict[str, int] | None = None,
     accelerator: str = "auto",
+    guide: str | None = None,
     teacher_cache: str | None = None,
     save_seconds: float = 60.0,
     dry_run: bool = False,
@@ -45,6 +46,8 @@ def convert(
         seed: replaces the seed of the recipe.
         steps: replaces the steps of stages, for example {align: 10, tune: 60}.
         accelerator: where to train, as Lightning names it.
+        guide: a larger model with the same tokenizer, whose distribution end-to-end stages learn (`kl`); by
+            default the source itself.
         teacher_cache: folder that keeps what the teacher read, for other conversions of the same model.
         save_seconds: time between two checkpoints inside a stage.
         dry_run: only do the surgery, and say what it took over and whether the parity checks pass.
@@ -92,6 +95,12 @@ def convert(
     if teacher_cache is not None:
         results_folder(teacher_cache)
     tokenizer = load_tokenizer(place)
+    guide_place = None if guide is None else model_place(guide)
+    if guide_place is not None and load_tokenizer(guide_place).get_vocab() != tokenizer.get_vocab():
+        raise ValueError(
+            f"the guide {guide!r} has another vocabulary than the source: their tokens cannot be compared. "
+            "Take a larger model of the same family."
+        )
     tokens = {book: book_tokens(tokenizer, book) for book in ([books] if isinstance(books, str) else books)}
     if tokens and num_windows < 2:
         raise ValueError(
@@ -117,6 +126,7 @@ def convert(
             control=control, ablations=ablations, num_windows=num_windows, window_size=window_size
         ),
         settings=StageSettings(accelerator=accelerator, save_seconds=save_seconds),
+        guide=None if guide_place is None else load_model(guide_place).eval(),
         cache=None if teacher_cache is None else Path(teacher_cache),
         # saved as soon as it is trained, so that a later failure loses nothing
         on_trained=save,

@@ -15,7 +15,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
-from transformers import AutoModelForCausalLM
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import memzoo
 import memzoo.models.hf
@@ -536,6 +538,33 @@ def test_layers_are_chosen_and_the_control_has_the_same(source: Path, tmp_path: 
     assert types[layer] == "lolcats"
     assert types[1 - layer] == "attention"
     assert {"uniform": [1], "even_odd": [0]}.get(method, [layer]) == [layer]
+
+
+def test_a_larger_guide_is_learned_from(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = ModelConfig.from_dict({**memzoo.load(source).config.to_dict(), "d_model": 24, "num_layers": 3,
+        "layers": {"type": "attention"}, "vocab_size": 260})  # fmt: skip
+    torch.manual_seed(1)
+    guide = MemoryLM(config)
+    recipe = ConversionRecipe(target=TARGET, stages=[ALIGN, {**TUNE, "steps": 20, "lr": 0.02}])
+    own = convert(source, tmp_path / "own", recipe)
+    guided = convert(source, tmp_path / "guided", recipe, guide=guide)
+    for run in ("hybrid", "control"):
+        losses = guided[run].stages[-1].history["kl"]
+        assert losses[-1] < losses[0]
+        assert losses[0] > 5 * own[run].stages[-1].history["kl"][0]
+    alignment = [found["hybrid"].stages[0].history["loss"] for found in (own, guided)]
+    assert alignment[0] == alignment[1]  # mixers are compared with the source
+    (tmp_path / "own" / "work").mkdir(exist_ok=True)
+    with pytest.raises(ValueError, match="other guide"):
+        convert(source, tmp_path / "own", recipe, guide=guide)
+    other = tmp_path / "other"
+    words = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"a": 0}, "a")))
+    save_model(guide, other, words)
+    places = ["--source", str(source), "--output", str(tmp_path / "x"), "--guide", str(other)]
+    assert main(["convert", *places]) == 2
+    assert "has another vocabulary" in capsys.readouterr().err
 
 
 def test_batches_may_be_accumulated_and_blocks_run_again(source: Path, tmp_path: Path) -> None:

@@ -68,6 +68,7 @@ def convert_and_compare(
     comparison: Comparison | None = None,
     settings: StageSettings | None = None,
     cache: Path | None = None,
+    guide: MemoryLM | None = None,
     on_trained: Callable[[str, Conversion], None] = lambda name, conversion: None,
 ) -> tuple[list[Row], dict[str, Conversion]]:
     """Converts by a recipe and measures teacher, windows, hybrid, ablations and control.
@@ -81,6 +82,8 @@ def convert_and_compare(
         comparison: what is measured beside the hybrid.
         settings: how stages are run.
         cache: folder that keeps what the teacher read for other conversions; None keeps it until the end.
+        guide: a larger model with the same tokenizer, whose distribution end-to-end stages learn; None takes
+            the teacher.
         on_trained: called with the name of a run ("hybrid", "control", "unaligned") and its result as soon as
             it is trained, again after a restart.
 
@@ -92,7 +95,7 @@ def convert_and_compare(
             conversion in the folder.
     """
     wanted = comparison or Comparison()
-    begin(folder, teacher, recipe)
+    begin(folder, teacher, recipe, guide)
     windows = {name: value for name, value in asdict(wanted).items() if name not in ("control", "ablations")}
     shop = Workshop(
         folder,
@@ -103,6 +106,7 @@ def convert_and_compare(
         windows=windows,
         settings=settings or StageSettings(),
         cache=cache,
+        guide=guide,
     )
     text = segments(recipe)
     hybrid_stages = tuple((stage, (part,)) for stage, part in zip(recipe.all_stages, text, strict=True))
@@ -205,7 +209,7 @@ def control_stage(recipe: ConversionRecipe, last: Stage, hybrid: Conversion, win
     return replace(stage, train="lora", lora_rank=rank)
 
 
-def begin(folder: Path, teacher: MemoryLM, recipe: ConversionRecipe) -> None:
+def begin(folder: Path, teacher: MemoryLM, recipe: ConversionRecipe, guide: MemoryLM | None = None) -> None:
     """Writes what is going to be done; goes on where the same was begun. The comparison may be another one.
 
     Raises:
@@ -214,6 +218,7 @@ def begin(folder: Path, teacher: MemoryLM, recipe: ConversionRecipe) -> None:
     settings = {
         "recipe": recipe_dict(recipe),
         "source": weights_digest(teacher),
+        "guide": None if guide is None else weights_digest(guide),
         "threads": torch.get_num_threads(),
     }
     path = folder / MANIFEST

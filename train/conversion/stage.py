@@ -137,6 +137,7 @@ def run_stage(
 
     Args:
         stage: what to do; the segments hold its batches.
+        teacher: the source for an alignment, the model to learn from otherwise.
         layers: blocks that were converted.
         fresh: names of the parameters that the source does not have.
         segments, sources: the text, as in `SegmentBatches`.

@@ -123,6 +123,7 @@ class Workshop:
         windows: arguments of `position_losses`: num_windows, window_size, first_token.
         settings: how stages are run.
         cache: folder for what the teacher reads; None takes one inside `folder`.
+        guide: the model whose distribution end-to-end stages learn; None takes the teacher.
     """
 
     def __init__(
@@ -136,12 +137,14 @@ class Workshop:
         windows: Mapping[str, int],
         settings: StageSettings,
         cache: Path | None = None,
+        guide: MemoryLM | None = None,
     ) -> None:
         self.folder, self.work = folder, folder / "work"
         self.teacher, self.tokenizer, self.recipe = teacher, tokenizer, recipe
         self.tokens, self.windows, self.settings = tokens, windows, settings
         self.low_teacher = copy.deepcopy(teacher).to(torch.bfloat16)
-        self.readings = TeacherReadings(cache or self.work / "teacher", weights_digest(self.low_teacher))
+        self.low_guide = self.low_teacher if guide is None else copy.deepcopy(guide).to(torch.bfloat16)
+        self.readings = TeacherReadings(cache or self.work / "teacher", weights_digest(self.low_guide))
         self.rows: list[Row] = []
         self._sources: dict[tuple[int, int], BatchSource] = {}
 
@@ -195,7 +198,7 @@ class Workshop:
             facts = run_stage(
                 stage,
                 student,
-                self.low_teacher,
+                self.low_teacher if stage.is_alignment else self.low_guide,
                 layers=report.layers,
                 fresh=list(report.new_parameters),
                 segments=segments,
