@@ -1,6 +1,7 @@
 """Trainable memory architectures for long-context language models.
 
     memzoo.load(folder)                                  a model from a folder or a .gguf file
+    memzoo.save(model, folder, tokenizer)                a folder that load, transformers and `memzoo` read
     memzoo.convert(folder, "hybrid", recipe="lolcats")   a pretrained model into a memory hybrid
     memzoo.swap(hf_model, {3: {"type": "based"}})        our mixers inside a plain transformers model
     memzoo.layers.build_mixer({...})                     one layer for a model of your own
@@ -16,14 +17,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from .layers import MixerConfig
     from .models.decoder import MemoryLM
 
 __version__ = "0.1.0.dev0"
 
-__all__ = ["convert", "load", "swap"]
+__all__ = ["convert", "load", "save", "swap"]
 
 
 def load(
@@ -53,6 +54,38 @@ def load(
     if str(device).startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"device {str(device)!r} was asked for, but torch finds no CUDA device. Use 'cpu'.")
     return load_model(locate(source), dtype=chosen, device=device).eval()
+
+
+def save(
+    model: MemoryLM,
+    folder: str | os.PathLike[str],
+    tokenizer: PreTrainedTokenizerBase | str | os.PathLike[str] | None = None,
+    *,
+    overwrite: bool = False,
+) -> None:
+    """Saves a model as a folder for `load`, the commands and, after `import memzoo.models.hf`, transformers.
+
+    Args:
+        model: what to save, in its dtype.
+        folder: made if it is not there.
+        tokenizer: to lie beside the model, which the commands want: a transformers tokenizer, or where to
+            find one: the folder or .gguf file that the model was loaded from, "smollm2-135m", or "bytes".
+        overwrite: replace what is in the folder; a kill meanwhile leaves the old model or the new one.
+
+    Raises:
+        ValueError: something lies in the folder already, or there is no such tokenizer.
+    """
+    from .models.checkpoints.fetch import locate
+    from .models.hf import save_model
+    from .records import refuse_content, results_folder
+    from .train.data.tokenizers import load_tokenizer
+
+    if not overwrite and not os.path.isfile(folder):
+        refuse_content(folder)
+    if isinstance(tokenizer, (str, os.PathLike)):
+        tokenizer = load_tokenizer(str(locate(tokenizer)))
+    results_folder(folder)
+    save_model(model, folder, tokenizer)
 
 
 def convert(
