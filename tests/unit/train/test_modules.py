@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from memzoo.models.config import ModelConfig
 from memzoo.models.decoder import MemoryLM
 from memzoo.train.checkpointing import FolderCheckpointIO
 from memzoo.train.data.batches import BatchSource, ResumableLoader, TokenBatch
+from memzoo.train.data.text import TextDataModule
 from memzoo.train.modules import LanguageModelModule
 from memzoo.train.optim import OptimizerConfig
 
@@ -246,6 +248,31 @@ def test_windows_of_a_document_read_one_after_another_are_the_document(tmp_path:
         expected = loss_of_whole_documents(module.model, source, 7)
         assert (found["val_loss"] == pytest.approx(expected, rel=1e-5)) == carry_state
         assert trainer(tmp_path).validate(module, Data(source), verbose=False) == [found]
+
+
+def test_contiguous_text_is_read_as_whole_documents(tmp_path: Path) -> None:
+    texts = [f"{n} " + "abc" * (5 + 7 * n) for n in range(7)]
+    (tmp_path / "texts.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    data = TextDataModule(
+        files=str(tmp_path / "texts.jsonl"),
+        val_files=str(tmp_path / "texts.jsonl"),
+        contiguous=True,
+        seq_len=8,
+        batch_size=3,
+        max_val_windows=None,
+    )
+    torch.manual_seed(0)
+    model = ModelConfig(vocab_size=257, d_model=8, layers=HYBRID, initializer_range=0.3)
+    module = LanguageModelModule(model, OptimizerConfig(), 1.0, carry_state=True)
+    (found,) = trainer(tmp_path).validate(module, data, verbose=False)
+    losses = []
+    for text in texts:
+        tokens = torch.tensor([*text.encode(), 256])
+        logits = module.model(tokens[None, :-1]).logits[0]
+        losses.append(F.cross_entropy(logits, tokens[1:], reduction="none"))
+    assert found["val_loss"] == pytest.approx(torch.cat(losses).mean().item(), rel=1e-5)
+    trainer(tmp_path, max_epochs=1).fit(module, data)
+    assert all(torch.isfinite(weight).all() for weight in module.parameters())
 
 
 def train_by_hand(module: LanguageModelModule, epochs: int, accumulate: int) -> None:
