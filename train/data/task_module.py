@@ -71,6 +71,11 @@ class TaskDataModule(LightningDataModule):
         """Tokens of the task."""
         return self.train_tasks[0].vocab_size
 
+    @property
+    def seq_len(self) -> int:
+        """Tokens of the longest training examples, which decide how much memory a step needs."""
+        return max(task.seq_len for task in self.train_tasks)
+
     def setup(self, stage: str | None = None) -> None:
         config = getattr(getattr(self.trainer, "lightning_module", None), "config", None)
         given = getattr(config, "vocab_size", self.vocab_size)

@@ -60,7 +60,7 @@ class Oracle(torch.nn.Module):
 
     def __init__(self, answers: torch.Tensor, vocab_size: int) -> None:
         super().__init__()
-        self.answers, self.position = answers, 0
+        self.answers, self.position, self.longest = answers, 0, 0
         self.config = SimpleNamespace(vocab_size=vocab_size)
         self.embed_tokens = SimpleNamespace(weight=torch.zeros(1))
 
@@ -68,6 +68,7 @@ class Oracle(torch.nn.Module):
         assert (state is None) == (self.position == 0), "the state is carried"
         here = self.answers[:, self.position : self.position + input_ids.shape[1]]
         self.position += input_ids.shape[1]
+        self.longest = max(self.longest, input_ids.shape[1])
         hidden = F.one_hot(here.clamp(min=0), self.config.vocab_size).float()
         return SimpleNamespace(hidden_states=(hidden,), state="read" if options["return_state"] else None)
 
@@ -81,8 +82,10 @@ def test_an_oracle_is_right_and_its_mistakes_are_counted(name: str, chunk_size: 
     task = make_task({"type": name}, seq_len=64)
     examples = joined(task, 6)
     knowing = examples.labels.clone()
-    found = answer_tokens(Oracle(knowing, task.vocab_size), examples, chunk_size=chunk_size)  # type: ignore[arg-type]
+    oracle = Oracle(knowing, task.vocab_size)
+    found = answer_tokens(oracle, examples, chunk_size=chunk_size)  # type: ignore[arg-type]
     assert bool(found.is_right.all())
+    assert oracle.longest == min(chunk_size, 64), "no call reads more than a chunk"
     assert float(found.loss.max()) < 0.1
     asked = (knowing != IGNORE_INDEX).nonzero()
     assert found.example.tolist() == asked[:, 0].tolist()

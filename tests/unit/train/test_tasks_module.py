@@ -123,6 +123,7 @@ def test_bad_settings_are_refused(settings: dict[str, Any], message: str) -> Non
 def test_a_model_with_too_small_a_vocabulary_is_refused_before_the_first_batch() -> None:
     data = module()
     assert data.vocab_size == 66
+    assert data.seq_len == 64
     data.trainer = SimpleNamespace(lightning_module=SimpleNamespace(config=SimpleNamespace(vocab_size=65)))
     with pytest.raises(ValueError, match="the task has 66 tokens, the model 65"):
         data.setup("fit")
