@@ -407,12 +407,13 @@ def test_speed_and_a_page_of_several_models(workplace: Path, capsys: pytest.Capt
         "  - {text: book.txt, window_size: 100, num_windows: 2}\n"
         "  - {text: book.txt, window_size: 300, num_windows: null}\n"
         "speed: [{lengths: [16, 40], repetitions: 1}]\n"
+        "task: [{task: copying, lengths: [32, 64], num_examples: 4, settings: {num_tokens: 4}}]\n"
     )
     every = ("evaluate", "all", "--config", "all.yaml", "--models", "attention", "based", "--output", "out")
     run(*every)
-    assert len(list((workplace / "out").glob("*.json"))) == 6
+    assert len(list((workplace / "out").glob("*.json"))) == 8
     page = (workplace / "out" / "page.html").read_text()
-    assert page.count("<img") == 2 + 4
+    assert page.count("<img") == 2 + 4 + 2
     assert "page written to out/page.html" in capsys.readouterr().out
     assert "--overwrite" in fails(capsys, *every)
     run(*every, "--overwrite")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -19,6 +20,9 @@ from memzoo.train.evaluate import (
     recall_on_mqar,
 )
 from memzoo.train.inspection import facts_table, inspect_model
+from memzoo.train.speed import peak_memory
+
+CPU = torch.device("cpu")
 
 CONFIG = ModelConfig(
     vocab_size=64,
@@ -153,3 +157,20 @@ def test_the_table_adds_up_to_the_model(model: MemoryLM, num_tokens: int) -> Non
     assert f"{model.num_parameters():,}" in shown[-1]
     with pytest.raises(ValueError, match="num_tokens must not be negative"):
         inspect_model(CONFIG, -1)
+
+
+def test_a_long_window_needs_little_more_memory_than_a_short_one() -> None:
+    """All logits of 32,768 tokens at once would be 262 MB here."""
+    torch.manual_seed(0)
+    layers = [{"type": "sliding_window", "window_size": 64}, {"type": "linear_attention"}]
+    model = MemoryLM(ModelConfig(vocab_size=2000, d_model=32, layers=layers, mixer_defaults={"num_heads": 2}))
+    tokens = torch.randint(2000, (32_769,), generator=torch.Generator().manual_seed(1))
+    position_losses(model, tokens, window_size=2048, num_windows=1)
+    peaks = [
+        peak_memory(partial(position_losses, model, tokens, window_size=size, num_windows=1), CPU)
+        for size in (4096, 32_768)
+    ]
+    if None in peaks:
+        pytest.skip("the system does not report peak memory")
+    short, long = peaks
+    assert long < 1.5 * short + 8e6 < 1e8, peaks
