@@ -1,5 +1,6 @@
 """Conversion of pretrained models: the plan, the surgery on mixers, and the report of what it did."""
 
+from .finite import find_not_finite, first_not_finite
 from .plan import (
     ConversionPlan,
     LayerSelection,
@@ -25,6 +26,8 @@ __all__ = [
     "converted_config",
     "exact_reach",
     "expand_gqa",
+    "find_not_finite",
+    "first_not_finite",
     "layer_errors",
     "memory_off",
     "other_mixers",

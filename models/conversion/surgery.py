@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..decoder import MemoryLM
+from .finite import find_not_finite
 from .plan import ConversionPlan, converted_config, exact_reach
 from .weight_maps import weight_map
 
@@ -129,6 +130,9 @@ def check_parity(source: MemoryLM, student: MemoryLM, report: ParityReport, toke
     Args:
         tokens: (B, T) ids, T beyond the windows of the new mixers.
 
+    Raises:
+        ValueError: the source itself gives numbers that are not finite; the message says where.
+
     Checks: weights outside the replaced mixers are bit-identical; outputs are finite; on the first tokens, as
     far as the new mixers promise (`exact_reach`), the model equals its source (logits within 1e-4 in float32;
     a model in half precision is compared mixer by mixer, in float32 on the source's hidden states, within
@@ -145,6 +149,11 @@ def check_parity(source: MemoryLM, student: MemoryLM, report: ParityReport, toke
     checks = [Check("weights outside the replaced mixers that differ", float(different), 0.0)]
     with torch.no_grad():
         expected, got = source(tokens).logits, student(tokens).logits
+        if not bool(torch.isfinite(expected).all()):
+            raise ValueError(
+                "the source gives numbers that are not finite. They begin in "
+                f"{find_not_finite(source, tokens, whose='source') or 'its logits'}. Get its weights again."
+            )
         checks.append(Check("logits that are not finite", float((~torch.isfinite(got)).sum()), 0.0))
         reaches = [exact_reach(student.config.mixers[index]) for index in report.layers]
         reach = min([tokens.shape[1], *(size for size in reaches if size is not None)])

@@ -7,8 +7,9 @@ student runs on its own states and learns the teacher's next-token distribution,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from lightning.pytorch import LightningModule
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from ...kernels import linear_cross_entropy, linear_divergence
 from ...layers.contract import LayerOutput, TokenMixer
-from ...models.conversion import relative_error
+from ...models.conversion import find_not_finite, first_not_finite, relative_error
 from ...models.decoder import MemoryLM
 from ..data.batches import TokenBatch
 from ..data.mqar import IGNORE_INDEX
@@ -41,6 +42,7 @@ class StudentModule(LightningModule):
         optimizer: of the stage.
         window_dropout: share of the steps in which every window is shrunk to the token itself.
         seed: of the choice of these steps.
+        label: what an error begins with.
 
     Attributes:
         history: losses of every batch so far, name -> values.
@@ -55,8 +57,10 @@ class StudentModule(LightningModule):
         *,
         window_dropout: float = 0.0,
         seed: int = 0,
+        label: str = "training",
     ) -> None:
         super().__init__()
+        self.label = label
         self.student = student
         self._teacher = [teacher.requires_grad_(False).eval()]  # in a list: no part of this module
         self.optimizer_config = optimizer
@@ -78,7 +82,33 @@ class StudentModule(LightningModule):
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clips by the length of the whole gradient; one that is not finite never reaches the weights.
+
+        Raises:
+            ValueError: the gradient is not finite.
+        """
+        trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        largest = math.inf if gradient_clip_val is None else gradient_clip_val
+        length = float(torch.nn.utils.clip_grad_norm_(trained, largest))
+        if not math.isfinite(length):
+            gradients = ((name, part.grad) for name, part in self.named_parameters() if part.grad is not None)
+            name = first_not_finite(gradients)
+            self._stop("the gradient", length, None if name is None else f"that of {_plain_name(name)}")
+
+    def check_weights(self) -> None:
+        """Raises ValueError when a trained number is not finite."""
+        name = first_not_finite(item for item in self.named_parameters() if item[1].requires_grad)
+        if name is not None:
+            self._stop(f"the weight {_plain_name(name)}", math.nan)
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.check_weights()
         trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
         checkpoint["state_dict"] = {
             name: tensor for name, tensor in checkpoint["state_dict"].items() if name in trained
@@ -96,12 +126,34 @@ class StudentModule(LightningModule):
             )
         self.history, self.num_tokens = checkpoint["history"], checkpoint["num_tokens"]
 
-    def note(self, name: str, value: Tensor, *, in_line: bool = False) -> None:
-        """Keeps a figure of this step, and shows it in the progress line if asked."""
+    def note(self, name: str, value: Tensor, batch: TokenBatch, *, in_line: bool = False) -> None:
+        """Keeps a figure of this step, and shows it in the progress line if asked.
+
+        Raises:
+            ValueError: it is not finite; the message says where that began.
+        """
         number = float(value.detach())
+        if not math.isfinite(number):
+            read: dict[str, Any] = {"mask": batch.mask, "cu_seqlens": batch.cu_seqlens}
+            begins = find_not_finite(self.teacher, batch.input_ids, whose="source", **read)
+            begins = begins or find_not_finite(self._network, batch.input_ids, **read)
+            self._stop(f"the loss {name}", number, begins)
         self.history.setdefault(name, []).append(number)
         if in_line:
             self.log(name, number, prog_bar=True, batch_size=1)
+
+    @property
+    def _network(self) -> MemoryLM:
+        inner = self.student if isinstance(self.student, MemoryLM) else self.student.model
+        assert isinstance(inner, MemoryLM)
+        return inner
+
+    def _stop(self, what: str, value: float, begins: str | None = None) -> NoReturn:
+        first = "" if begins is None else f" It begins in {begins}."
+        raise ValueError(
+            f"{self.label}, step {self.global_step + 1}: {what} is {value}, not a finite number.{first} "
+            "Lower lr or clip of the stage, or look at the weights of the source. The stage is not kept."
+        )
 
     def overrides(self, step: int) -> dict[str, int]:
         """Sizes to use in a step: a pure function of seed and step, so that a resumed run draws the same."""
@@ -148,13 +200,13 @@ class AlignmentModule(StudentModule):
             if index in self.layers:
                 loss = self._distance(self._read(new.mixer, normed, batch, overrides), target)
                 losses.append(loss)
-                self.note(f"layer_{index}", loss)
+                self.note(f"layer_{index}", loss, batch)
             if len(losses) == len(self.layers):
                 break
             with torch.no_grad():
                 hidden = old.after_mixer(hidden, target.hidden)
         total = torch.stack(losses).mean()
-        self.note("loss", total, in_line=True)
+        self.note("loss", total, batch, in_line=True)
         return total
 
     def _read(
@@ -227,17 +279,17 @@ class DistillModule(StudentModule):
         if self.kl_weight:
             read = self.readings.hidden(self.teacher, batch).flatten(0, 1)[asked]
             kl = linear_divergence(hidden, weight, read, self.teacher.head_weight)
-            self.note("kl", kl, in_line=True)
+            self.note("kl", kl, batch, in_line=True)
             loss = loss + self.kl_weight * kl
         if self.ce_weight:
             ce = linear_cross_entropy(hidden, weight, batch.labels.flatten()[asked])
-            self.note("ce", ce, in_line=True)
+            self.note("ce", ce, batch, in_line=True)
             loss = loss + self.ce_weight * ce
-        self.note("loss", loss)
+        self.note("loss", loss, batch)
         return loss
 
-    @property
-    def _network(self) -> MemoryLM:
-        inner = self.student if isinstance(self.student, MemoryLM) else self.student.model
-        assert isinstance(inner, MemoryLM)
-        return inner
+
+def _plain_name(name: str) -> str:
+    """The name of a trained parameter in the model, without what wraps it."""
+    plain = name.removeprefix("student.").removeprefix("model.")
+    return plain.replace(".base_layer.", ".").replace(".default.", ".")

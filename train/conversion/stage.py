@@ -158,10 +158,11 @@ def run_stage(
         facts.trained = {
             name: parameter.numel() for name, parameter in student.named_parameters() if name in names
         }
-        module = _module(stage, network, teacher, layers, readings, seed)
+        module = _module(stage, network, teacher, layers, readings, seed, label)
         student.gradient_checkpointing = stage.recompute
         if facts.steps:
             facts.seconds = _fit(module, SegmentBatches(segments, sources), stage, running, settings, label)
+        module.check_weights()
         facts.history, facts.num_tokens = module.history, module.num_tokens
     student.gradient_checkpointing = False
     touched = set(names)
@@ -212,8 +213,9 @@ def _module(
     layers: Sequence[int],
     readings: TeacherReadings,
     seed: int,
+    label: str,
 ) -> StudentModule:
-    options: dict[str, Any] = {"window_dropout": stage.window_dropout, "seed": seed}
+    options: dict[str, Any] = {"window_dropout": stage.window_dropout, "seed": seed, "label": label}
     if stage.is_alignment:
         assert isinstance(network, MemoryLM)
         return AlignmentModule(

@@ -55,7 +55,8 @@ class TeacherReadings:
                 logger.warning("%s cannot be used and is read again: %s", path, error)
         hidden = last_hidden(teacher, batch)
         size = hidden.numel() * hidden.element_size()
-        if path is not None and size <= self.num_bytes_left:
+        # what is not finite stops the run; it is not for others to find
+        if path is not None and size <= self.num_bytes_left and bool(torch.isfinite(hidden).all()):
             self._keep(path, hidden, size)
         return hidden
 
