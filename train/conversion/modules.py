@@ -135,7 +135,7 @@ class StudentModule(LightningModule):
         number = float(value.detach())
         if not math.isfinite(number):
             read: dict[str, Any] = {"mask": batch.mask, "cu_seqlens": batch.cu_seqlens}
-            begins = find_not_finite(self.teacher, batch.input_ids, whose="source", **read)
+            begins = find_not_finite(self.teacher, batch.input_ids, whose="teacher", **read)
             begins = begins or find_not_finite(self._network, batch.input_ids, **read)
             self._stop(f"the loss {name}", number, begins)
         self.history.setdefault(name, []).append(number)
