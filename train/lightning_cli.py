@@ -31,6 +31,7 @@ from .callbacks import SaveModelFolder, TrainingProgress
 from .checkpointing import FolderCheckpointIO, newest_checkpoint
 from .exact_resume import ExactResume
 from .loggers import default_loggers
+from .preflight import Preflight
 from .stopping import StopOnSignal, check_last_save, way_on
 
 MODEL_TYPES = {"language_model": "memzoo.train.modules:LanguageModelModule"}
@@ -117,6 +118,13 @@ class TrainCLI(LightningCLI):
             "--overwrite", type=bool, default=False, help="Replace what lies in the folder of --output."
         )
 
+        parser.add_argument(
+            "--preflight",
+            type=bool,
+            default=True,
+            help="Say before the first step what the run will need.",
+        )
+
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         subcommand = args[0] if args else None
         if subcommand in self._subcommand_parsers:
@@ -141,8 +149,9 @@ class TrainCLI(LightningCLI):
         # The types have done their work (they chose the classes), and the folder is no argument of a class.
         section = self.config[self.subcommand]
         chosen = {name: section[name].pop("type") for name in _REGISTRIES}
-        ours = {name: section.pop(name) for name in ("output", "overwrite")}
+        ours = {name: section.pop(name) for name in ("output", "overwrite", "preflight")}
         self._folder = SaveModelFolder(ours["output"])
+        self._wants_preflight = ours["preflight"]
         super().instantiate_classes()
         for name, value in chosen.items():
             section[name]["type"] = value
@@ -180,6 +189,8 @@ class TrainCLI(LightningCLI):
             callbacks.append(TrainingProgress())
         if self.subcommand == "fit":
             callbacks.append(self._folder)
+            if self._wants_preflight and not trainer_config.get("fast_dev_run"):
+                callbacks.append(Preflight())
             callbacks += [ExactResume(), StopOnSignal(save_minutes=SAVE_MINUTES)]
             keeps = trainer_config.get("enable_checkpointing") is not False
             if keeps and not any(isinstance(callback, Checkpoint) for callback in callbacks):

@@ -77,7 +77,9 @@ def attention_torch(
         keys, values, segments = lay_out_ragged(k, v, lengths, seen, num_sinks, prefix)
     else:
         keys, values, segments = lay_out_dense(k, v, seen[0] if seen else 0, num_sinks, prefix)
-    limits = _tile_limits(window_size, q.device.type == "cpu")
+    # on the meta device the work is only imagined: as that of this machine
+    on_cpu = q.device.type == "cpu" or (q.is_meta and not torch.cuda.is_available())
+    limits = _tile_limits(window_size, on_cpu)
     tiles = _make_tiles(segments, num_heads // num_kv_heads, window_size, window_grid, num_sinks, limits)
     if window_grid is not None:
         window_size = None  # a tile lies in one cell of the grid: every key it holds is young enough

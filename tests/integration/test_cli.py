@@ -260,12 +260,15 @@ def test_a_run_stopped_by_a_signal_goes_on_from_its_folder(
         run("train", subcommand, "--config", "recall.yaml", "--ckpt_path", str(last))
 
 
-def test_a_run_logs_to_a_table_and_to_tensorboard_unless_told_otherwise(workplace: Path) -> None:
+def test_a_run_logs_to_a_table_and_to_tensorboard_unless_told_otherwise(
+    workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     content = yaml.safe_load((workplace / "recall.yaml").read_text())
     del content["trainer"]["logger"]
     (workplace / "short.yaml").write_text(yaml.safe_dump(content | {"trainer": content["trainer"]}))
     short = ("--trainer.max_epochs", "1")
     run("train", "fit", "--config", "short.yaml", *short)
+    assert "preflight: 3,888 parameters" in capsys.readouterr().err
     folder = workplace / "runs" / "short" / "version_0"
     saved = folder / "config.yaml"
     run("train", "fit", "--config", str(saved), "--ckpt_path", "runs", "--trainer.max_epochs", "2")
@@ -276,7 +279,9 @@ def test_a_run_logs_to_a_table_and_to_tensorboard_unless_told_otherwise(workplac
             logged = [int(row["step"]) for row in csv.DictReader(file) if row["train_loss"]]
         assert logged == list(steps), "every step, and no step twice"
         assert {path.name for path in place.iterdir()} >= {"config.yaml", "checkpoints", "model"}
-    run("train", "fit", "--config", "short.yaml", *short, "--trainer.logger", "false", "--output", "quiet")
+    capsys.readouterr()
+    run("train", "fit", "--config", "short.yaml", *short, "--trainer.logger", "false", "--preflight", "false")
+    assert "preflight" not in capsys.readouterr().err
     assert not (workplace / "runs" / "short" / "version_2").exists()
 
 
