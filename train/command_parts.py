@@ -74,10 +74,12 @@ def progress_line(unit: str) -> Callable[[int, int], None] | None:
         return None
     from tqdm import tqdm  # type: ignore[import-untyped]
 
-    line = tqdm(unit=unit, file=sys.stderr, leave=False)
+    line: Any = None
 
     def advance(done: int, total: int) -> None:
-        line.total = total
+        nonlocal line
+        # made when the work begins: a line of no work would stay on the screen
+        line = line or tqdm(unit=unit, file=sys.stderr, leave=False, total=total)
         line.update(done - line.n)
         if done == total:
             line.close()

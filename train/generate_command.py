@@ -107,7 +107,13 @@ def generate(
         made, reading = _continue(network, reading, settings, chunk_size)
     if state is not None:
         is_chat = chat or (notes or {}).get(_CHAT) == "begun"
-        save_reading(reading, state, network, words, {_CHAT: "begun"} if is_chat else None)
+        try:
+            save_reading(reading, state, network, words, {_CHAT: "begun"} if is_chat else None)
+        except OSError as error:
+            raise ValueError(
+                f"the state cannot be written to {state!r} ({error.strerror or error}); an earlier one there "
+                f"is as it was. The text is: {words.decode(made, skip_special_tokens=True)!r}"
+            ) from error
     if not max_new_tokens:
         num_read = int(reading.num_tokens[0]) + 1
         return f"{num_read:,} tokens read; {reading.state.num_bytes():,} bytes of state written to {state}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -236,6 +237,26 @@ def test_files_that_are_no_whole_state_are_refused(
     (workplace / "s").write_text("not a state")
     assert "not a readable state file" in says(*go_on, status=2)
     assert (workplace / "s").read_text() == "not a state"
+
+
+def test_a_full_disk_loses_neither_text_nor_state(
+    folders: dict[str, str], says: Any, workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = ("--model", folders["based"], "--state", "s", "--max_new_tokens", "4")
+    says(*model, "--prompt", "x")
+    kept = (workplace / "s").read_bytes()
+    expected = says(*model)
+    (workplace / "s").write_bytes(kept)
+
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("memzoo.layers.contract.state.os.fsync", full)
+    shown = says(*model, status=2)
+    assert "cannot be written to 's' (No space left on device)" in shown
+    assert " ".join(repr(expected).split()) in shown
+    assert (workplace / "s").read_bytes() == kept
+    assert sorted(path.name for path in workplace.iterdir()) == ["book.txt", "s"]
 
 
 def test_mistakes_are_found_before_the_model_is_loaded(
