@@ -117,6 +117,7 @@ def draw(plot: Plot, colours: Mapping[str, str] | None = None) -> bytes:
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogFormatter, StrMethodFormatter
 
     figure = Figure(figsize=(8, 4.2))
     FigureCanvasAgg(figure)
@@ -138,8 +139,11 @@ def draw(plot: Plot, colours: Mapping[str, str] | None = None) -> bytes:
         )
     if plot.x_log:
         axis.set_xscale("log", base=2)
+        axis.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     if plot.y_log:
         axis.set_yscale("log")
+        axis.yaxis.set_major_formatter(LogFormatter())
+        axis.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
     if plot.y_range is not None:
         axis.set_ylim(*plot.y_range)
     axis.set_title(plot.title)
