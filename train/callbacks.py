@@ -14,9 +14,10 @@ from lightning.pytorch.callbacks import ProgressBar
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from ..records import results_folder
+from .checkpointing import STORAGE_ERRORS
 from .data.batches import TokenBatch
 from .exact_resume import ExactResume
-from .stopping import StopOnSignal
+from .stopping import RunEnded, StopOnSignal, way_on
 
 __all__ = ["ExactResume", "SaveModelFolder", "StopOnSignal", "TrainingProgress", "peak_memory_gib"]
 
@@ -127,7 +128,13 @@ class SaveModelFolder(Callback):
         from ..models.hf import save_model
 
         folder = Path(self.folder or Path(trainer.log_dir or trainer.default_root_dir) / "model")
-        save_model(pl_module.model, folder, getattr(trainer.datamodule, "tokenizer", None))
+        try:
+            save_model(pl_module.model, folder, getattr(trainer.datamodule, "tokenizer", None))
+        except OSError as error:
+            if error.errno not in STORAGE_ERRORS:
+                raise
+            line = f"error: the model could not be written to {folder} ({error.strerror})"
+            raise RunEnded(f"{line}{way_on(trainer, None)}", 1) from error
         self.written = folder
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 
-from ..records import write_text_atomically
+from ..records import results_folder, write_text_atomically
 from .checkpointing import STORAGE_ERRORS
 
 logger = logging.getLogger(__name__)
@@ -143,6 +143,11 @@ class EventsLogger(TensorBoardLogger):
 
 
 def default_loggers(save_dir: str | os.PathLike[str], name: str) -> list[Any]:
-    """`metrics.csv` and TensorBoard events in ``save_dir/name/version_N``."""
+    """`metrics.csv` and TensorBoard events in ``save_dir/name/version_N``.
+
+    Raises:
+        ValueError: that cannot be written.
+    """
+    results_folder(Path(save_dir) / name)
     metrics = MetricsLogger(save_dir, name)
     return [metrics, EventsLogger(metrics)]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import shutil
 import signal
 import threading
 import time
@@ -14,8 +16,12 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from ..records import results_folder
+from .checkpoint_codec import Encoder
 from .checkpointing import FolderCheckpointIO
 
+logger = logging.getLogger(__name__)
+
+NUM_CHECKPOINTS = 3  # `last`, the newest besides, and the one being written
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -43,7 +49,8 @@ class StopOnSignal(Callback):
         save_minutes: also write ``last.ckpt`` when that long has passed without a checkpoint; None never.
 
     Raises:
-        ValueError: the folder of the checkpoints cannot be written; found before the first step.
+        ValueError: the folder of the checkpoints cannot be written, or something in them has no place there;
+            found before the first step. A disk with little room left is a warning.
     """
 
     def __init__(self, save_minutes: float | None = None) -> None:
@@ -61,6 +68,7 @@ class StopOnSignal(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._saved_at, self._step_at_save = time.monotonic(), trainer.global_step
         self.received = signal.SIGTERM if trainer.received_sigterm else None
+        _try_checkpoint(trainer)
         if trainer.world_size > 1 or threading.current_thread() is not threading.main_thread():
             return
         for number in _SIGNALS:
@@ -166,6 +174,33 @@ def check_last_save(trainer: Trainer) -> None:
     if isinstance(io, FolderCheckpointIO) and io.failure is not None:
         kept = f"The last complete one is {io.last_saved}." if io.last_saved else "No checkpoint is there."
         raise RunEnded(f"error: the last checkpoint is missing: {io.failure}. {kept}", 1)
+
+
+def _try_checkpoint(trainer: Trainer) -> None:
+    """Makes a checkpoint without writing it, and looks whether there is room for the run's."""
+    callback = _keeper(trainer)
+    if (
+        callback is None
+        or trainer.fast_dev_run
+        or not isinstance(trainer.strategy.checkpoint_io, FolderCheckpointIO)
+    ):
+        return
+    encoder = Encoder()
+    encoder.encode(trainer._checkpoint_connector.dump_checkpoint(callback.save_weights_only))
+    if not trainer.is_global_zero:
+        return
+    num_bytes = sum(tensor.nbytes for tensor in encoder.tensors.values())
+    if not any(optimizer.state for optimizer in trainer.optimizers):
+        num_bytes *= 3  # two running means of every weight are still to come
+    free = shutil.disk_usage(callback.dirpath).free
+    if free < NUM_CHECKPOINTS * num_bytes:
+        logger.warning(
+            "LITTLE ROOM: a checkpoint takes about %.3g GiB, and %s has %.3g GiB left. Replacing one takes "
+            "room for two; make room before the first save.",
+            num_bytes / 2**30,
+            callback.dirpath,
+            free / 2**30,
+        )
 
 
 def _keeper(trainer: Trainer) -> ModelCheckpoint | None:

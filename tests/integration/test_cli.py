@@ -288,6 +288,7 @@ def test_a_run_logs_to_a_table_and_to_tensorboard_unless_told_otherwise(
 def test_a_run_without_its_last_checkpoint_ends_with_an_error(
     workplace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from memzoo.models import hf
     from memzoo.train import checkpointing
 
     def full(*arguments: object, **named: object) -> None:
@@ -299,6 +300,25 @@ def test_a_run_without_its_last_checkpoint_ends_with_an_error(
     assert line.startswith("memzoo: error: the last checkpoint is missing: ")
     assert "No space left on device" in line
     assert load_model("trained"), "the model itself is there"
+    monkeypatch.undo()
+    monkeypatch.chdir(workplace)
+    monkeypatch.setattr(hf, "save_model", full)
+    run("train", "fit", "--config", "recall.yaml", "--output", "lost", status=1)
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("memzoo: error: the model could not be written to lost (No space left on device)")
+    assert line.endswith("version_1/checkpoints/last.ckpt")
+
+
+def test_a_place_for_logs_that_cannot_be_written_is_found_before_the_run(
+    workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = yaml.safe_load((workplace / "recall.yaml").read_text())
+    del content["trainer"]["logger"]
+    (workplace / "short.yaml").write_text(yaml.safe_dump(content))
+    (workplace / "file").touch()
+    message = fails(capsys, "train", "fit", "--config", "short.yaml", "--trainer.default_root_dir", "file")
+    assert "'file/short'" in message
+    assert "Name another folder" in message
 
 
 def test_a_run_interrupted_in_its_second_epoch_goes_on_from_last_ckpt(
