@@ -43,7 +43,8 @@ class StopOnSignal(Callback):
 
     A second Ctrl-C stops at once. During a validation nothing is waited for: the resumed run validates again
     from the start. Name it after `ExactResume` and before a ModelCheckpoint, in whose folder it saves;
-    without one there is nothing to save to. With several processes signals are left to Lightning.
+    without one there is nothing to save to. With several processes signals and the clock are left to
+    Lightning.
 
     Args:
         save_minutes: also write ``last.ckpt`` when that long has passed without a checkpoint; None never.
@@ -58,7 +59,6 @@ class StopOnSignal(Callback):
         self.received: signal.Signals | None = None
         self._handlers: dict[signal.Signals, Any] = {}
         self._saved_at = 0.0
-        self._step_at_save = 0
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         callback = _keeper(trainer)
@@ -66,7 +66,7 @@ class StopOnSignal(Callback):
             results_folder(callback.dirpath)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._saved_at, self._step_at_save = time.monotonic(), trainer.global_step
+        self._saved_at = time.monotonic()
         self.received = signal.SIGTERM if trainer.received_sigterm else None
         _try_checkpoint(trainer)
         if trainer.world_size > 1 or threading.current_thread() is not threading.main_thread():
@@ -82,7 +82,7 @@ class StopOnSignal(Callback):
             return
         if self.received is not None:
             self._stop(trainer, log_step=True)
-        if self.save_minutes is None or _keeper(trainer) is None:
+        if self.save_minutes is None or _keeper(trainer) is None or trainer.world_size > 1:
             return
         io = trainer.strategy.checkpoint_io
         saved_at = getattr(io, "saved_at", None) or 0.0

@@ -160,8 +160,8 @@ def test_make_targets_and_files_exist(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_types_are_registered(page: Path) -> None:
+    from memzoo.train.command_line import DATA_TYPES, MODEL_TYPES
     from memzoo.train.data.tasks import TASKS
-    from memzoo.train.lightning_cli import DATA_TYPES, MODEL_TYPES
 
     text = page.read_text(encoding="utf-8")
     own = set(re.findall(r"register_mixer\(\"(\w+)\"", text))

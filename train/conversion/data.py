@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from typing import Any, get_args, get_type_hints
 
 from ...layers.contract import suggest
+from ..command_line import DATA_TYPES
 from ..data.batches import BatchSource
 from ..data.documents import check_text_file, names
 from ..data.texts import load_text
-from ..lightning_cli import DATA_TYPES
 
 # given by the stage, the source or the recipe
 _OWN = ("tokenizer", "seq_len", "batch_size", "seed")
