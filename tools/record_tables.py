@@ -143,9 +143,16 @@ def memory_table(argument: str, page: Path) -> str:
                 for case in (_case(cases, tokens, model, *variant) for variant in MEMORY_VARIANTS.values())
             ]
             rows.append([f"{tokens:,}", model, *cells])
-        parts.append(
-            markdown(["tokens", "model", *MEMORY_VARIANTS], rows) + "\n" + provenance(path, record, page)
+        up = "../" * len(page.relative_to(ROOT).parents[:-2])
+        layers = max(case["layers"] for case in cases)
+        intro = (
+            f"One step (forward, backward, AdamW; float32, one sequence) of {layers} blocks of the sizes of "
+            "SmolLM2-135M: the largest resident set of a fresh process, and in brackets, where counted, the "
+            "bytes of its tensors.\n\n"
         )
+        figure = f"\n![Peak memory of a training step]({up}figures/{MEMORY_FIGURE.name})\n\n"
+        table = markdown(["tokens", "model", *MEMORY_VARIANTS], rows)
+        parts.append(intro + table + figure + provenance(path, record, page))
     return "\n" + "\n".join(parts) + "\n" if parts else ""
 
 

@@ -246,7 +246,14 @@ def test_measured_tables_come_from_records(
 
     run = {"arm": "carried", "near_accuracy": 1.0, "far_accuracy": 0.953, "cpu_seconds": 20.0}
     record("stateful", {"chance": 0.0625, "runs": [run, {**run, "far_accuracy": 0.97}]})
-    case = {"model": "window", "tokens": 16384, "chunked": True, "recompute": False, "fits": True}
+    case = {
+        "model": "window",
+        "tokens": 16384,
+        "chunked": True,
+        "recompute": False,
+        "fits": True,
+        "layers": 4,
+    }
     cases = [
         {**case, "peak_bytes": 3 << 30, "tensor_bytes": 2 << 30},
         {**case, "chunked": False, "fits": False},
