@@ -27,7 +27,7 @@ def load_for_use(source: str, device: str, dtype: DType) -> MemoryLM:
 
     from ..models.checkpoints.folder import load_model
 
-    return load_model(source, dtype=getattr(torch, dtype)).to(device_name(device)).eval()
+    return load_model(source, dtype=getattr(torch, dtype), device=device_name(device)).eval()
 
 
 def device_name(name: str) -> str:
