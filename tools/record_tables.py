@@ -52,6 +52,27 @@ def decode_table(argument: str, page: Path) -> str:
     return _section("Measured: decoding", parts)
 
 
+def loading_table(argument: str, page: Path) -> str:
+    """Memory and processor seconds of loading, from `loading.json`."""
+    parts = []
+    for path, record in records("loading.json"):
+        rows = [
+            [
+                row["source"],
+                row["dtype"],
+                f"`{row['reader']}`",
+                readable(row["weight_bytes"], "B"),
+                readable(row["peak_anonymous_bytes"], "B"),
+                f"{row['peak_anonymous_ratio']:.2f}",
+                f"{row['cpu_seconds']:.2f}",
+            ]
+            for row in record["results"]["rows"]
+        ]
+        header = ["source", "dtype", "reader", "weights", "own memory at most", "ratio", "processor seconds"]
+        parts.append(markdown(header, rows) + "\n" + provenance(path, record, page))
+    return _section("Measured: loading", parts)
+
+
 def conversion_table(argument: str, page: Path) -> str:
     """The rows of conversions with their paired differences, from `demo*.json` and `convert*.json`."""
     parts = []
@@ -306,6 +327,7 @@ def readable(count: float, unit: str) -> str:
 TABLES: dict[str, Callable[[str, Path], str]] = {
     "recall": recall_table,
     "decoding": decode_table,
+    "loading": loading_table,
     "conversion": conversion_table,
     "kernels": kernel_table,
     "stateful": stateful_table,

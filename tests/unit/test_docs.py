@@ -221,8 +221,8 @@ def test_measured_tables_come_from_records(
 ) -> None:
     page = ROOT / "docs" / "mixers" / "attention.md"
     monkeypatch.setattr(tool.record_tables, "RECORDS", tmp_path)
-    measured = ("recall", "decoding", "conversion", "stateful", "training_memory", "records")
-    assert [tool.TABLES[name]("", page) for name in measured] == [""] * 6
+    measured = ("recall", "decoding", "loading", "conversion", "stateful", "training_memory", "records")
+    assert [tool.TABLES[name]("", page) for name in measured] == [""] * 7
     assert list(tool.record_tables.figures()) == []
     assert tool.TABLES["kernels"]("linear", page) == ""
 
@@ -278,13 +278,18 @@ def test_measured_tables_come_from_records(
     assert "lolcats" not in decoding
     assert "../../benchmarks/records/decode.json" in decoding
     assert "`make decode`" in decoding
+    sizes = {"weight_bytes": 2_000_000, "peak_anonymous_bytes": 2_100_000, "peak_anonymous_ratio": 1.05}
+    loaded = {"reader": "memzoo.load", "source": "GGUF", "dtype": "float32", "cpu_seconds": 1.5, **sizes}
+    record("loading", {"rows": [loaded], "bounds": []})
+    loading = tool.TABLES["loading"]("", page)
+    assert "| GGUF | float32 | `memzoo.load` | 2 MB | 2.1 MB | 1.05 | 1.50 |" in loading
     conversion = tool.TABLES["conversion"]("", page)
     assert "| hybrid | 33.33 | 10 B | 20 B | 30 B | 12,345 |" in conversion
     assert "control - hybrid, emma: +0.0312 nats per token over 8 windows" in conversion
     kernels = tool.TABLES["kernels"]("linear", page)
     assert "| window 64 | 1024 | 3.25 |" in kernels
     assert "| sdpa | 32768 | left out: too large |" in kernels
-    assert tool.TABLES["records"]("", page).count("\n") == 8
+    assert tool.TABLES["records"]("", page).count("\n") == 9
 
 
 def test_yaml_blocks_are_yaml() -> None:
