@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import errno
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -55,11 +57,19 @@ def convert(
     """
     from ..models.checkpoints.folder import load_model, read_model_config
     from ..models.hf import save_model
-    from ..records import refuse_content, results_folder, write_record, write_text_atomically
+    from ..records import (
+        current_command,
+        refuse_content,
+        results_folder,
+        without_places,
+        write_record,
+        write_text_atomically,
+    )
     from .conversion.card import model_card
     from .conversion.comparison import comparison_results, comparison_table
+    from .conversion.folder import claimed, finish, is_begun, start_anew
     from .conversion.page import comparison_sections
-    from .conversion.recipe import check_recipe, read_recipe, recipe_dict
+    from .conversion.recipe import check_books, check_guide, check_recipe, read_recipe, shown_recipe
     from .conversion.run import (
         FIRST_TOKEN,
         Comparison,
@@ -84,9 +94,11 @@ def convert(
     if dry_run:
         return surgery_report(load_model(place).eval(), place, chosen)
     folder = Path(output)
-    if overwrite:
-        _start_anew(folder)
-    elif not (folder / "work").is_dir():
+    if any((folder / name).resolve() == Path(place).resolve() for name in ("hybrid", "control")):
+        raise ValueError(
+            f"the source {source!r} would be replaced by the result. Name another output folder."
+        )
+    if not overwrite and not is_begun(folder):
         refuse_content(folder, RESULTS)
     results_folder(folder)
     for name in ("hybrid", "control") if control else ("hybrid",):
@@ -96,6 +108,8 @@ def convert(
         results_folder(teacher_cache)
     tokenizer = load_tokenizer(place)
     guide_place = None if guide is None else model_place(guide)
+    if guide is not None:
+        check_guide(chosen, guide)
     if guide_place is not None and load_tokenizer(guide_place).get_vocab() != tokenizer.get_vocab():
         raise ValueError(
             f"the guide {guide!r} has another vocabulary than the source: their tokens cannot be compared. "
@@ -107,6 +121,7 @@ def convert(
             f"num_windows must be at least 2, got {num_windows}: differences between rows need an interval. "
             'Or leave the comparison out with --books "[]".'
         )
+    check_books(chosen, tokens)
     for ids in tokens.values():
         window_starts(len(ids), window_size, num_windows, FIRST_TOKEN)
 
@@ -116,47 +131,58 @@ def convert(
         if name in ("hybrid", "control"):
             save_model(conversion.model, folder / name, tokenizer)
 
-    rows, conversions = convert_and_compare(
-        load_model(place).eval(),
-        place,
-        chosen,
-        folder,
-        tokens=tokens,
-        comparison=Comparison(
-            control=control, ablations=ablations, num_windows=num_windows, window_size=window_size
-        ),
-        settings=StageSettings(accelerator=accelerator, save_seconds=save_seconds),
-        guide=None if guide_place is None else load_model(guide_place).eval(),
-        cache=None if teacher_cache is None else Path(teacher_cache),
-        # saved as soon as it is trained, so that a later failure loses nothing
-        on_trained=save,
-    )
-    results = comparison_results(rows) | training_results(conversions)
-    results["report"] = conversions["hybrid"].report.to_dict()
-    for name in ("hybrid", "control"):
-        if name in conversions:
-            card = model_card(source, chosen, rows, conversions[name], is_control=name == "control")
-            write_text_atomically(folder / name / "README.md", card)
-    title = f"{Path(source).name} as a memory hybrid"
-    page = render_page(title, comparison_sections(rows, conversions), note="All numbers are in report.json.")
-    write_text_atomically(folder / "index.html", page)
-    write_record(folder / "report.json", name="convert", config=recipe_dict(chosen), results=results)
-    _remove_work(folder)
+    with _storage(folder), claimed(folder):
+        if overwrite:
+            start_anew(folder)
+        rows, conversions = convert_and_compare(
+            load_model(place).eval(),
+            place,
+            chosen,
+            folder,
+            tokens=tokens,
+            comparison=Comparison(
+                control=control, ablations=ablations, num_windows=num_windows, window_size=window_size
+            ),
+            settings=StageSettings(accelerator=accelerator, save_seconds=save_seconds),
+            guide=None if guide_place is None else load_model(guide_place).eval(),
+            cache=None if teacher_cache is None else Path(teacher_cache),
+            # saved as soon as it is trained, so that a later failure loses nothing
+            on_trained=save,
+        )
+        results = comparison_results(rows) | training_results(conversions)
+        results["report"] = conversions["hybrid"].report.to_dict()
+        for name in ("hybrid", "control"):
+            if name in conversions:
+                card = model_card(source, chosen, rows, conversions[name], is_control=name == "control")
+                write_text_atomically(folder / name / "README.md", card)
+        title = f"{Path(source).resolve().name} as a memory hybrid"
+        page = render_page(
+            title, comparison_sections(rows, conversions), note="All numbers are in report.json."
+        )
+        write_text_atomically(folder / "index.html", page)
+        write_record(
+            folder / "report.json",
+            name="convert",
+            config=shown_recipe(chosen),
+            results=results,
+            command=without_places(current_command()),
+        )
+        finish(folder)
     return f"{comparison_table(rows)}\n\nmodel written to {folder / 'hybrid'}"
 
 
-def _start_anew(folder: Path) -> None:
-    """Removes the beginning of a conversion; results stay until there are new ones."""
-    from .conversion.workshop import MANIFEST
-
-    _remove_work(folder)
-    (folder / MANIFEST).unlink(missing_ok=True)
-
-
-def _remove_work(folder: Path) -> None:
-    import shutil
-
-    shutil.rmtree(folder / "work", ignore_errors=True)
+@contextmanager
+def _storage(folder: Path) -> Iterator[None]:
+    """Says what to do when the storage is full or broken; what is done is kept."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS):
+            raise
+        raise ValueError(
+            f"the conversion in {str(folder)!r} could not write to its storage ({error.strerror}). Make room, "
+            "and give the same command again to go on."
+        ) from error
 
 
 def _drop_results(folder: Path) -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -28,6 +27,7 @@ from ..models.decoder import MemoryLM
 from ..models.hf import save_model
 from ..records import results_folder, write_record, write_text_atomically
 from .conversion.comparison import comparison_results, comparison_table
+from .conversion.folder import finish, start_anew
 from .conversion.page import comparison_sections
 from .conversion.recipe import check_recipe, read_recipe, recipe_dict
 from .conversion.run import Comparison, book_tokens, convert_and_compare, training_results
@@ -59,7 +59,7 @@ def run_demo(output: str = "demo_output", recipe: str = "demo", num_windows: int
     clock = time.monotonic()
     folder = results_folder(output)
     # of a demonstration that was cut short: this one is timed from its beginning
-    shutil.rmtree(folder / "work", ignore_errors=True)
+    start_anew(folder)
     seconds: dict[str, float] = {}
     chosen = read_recipe(recipe)
     checkpoint = str(fetch_smollm2())
@@ -109,7 +109,7 @@ def run_demo(output: str = "demo_output", recipe: str = "demo", num_windows: int
         "phase_seconds": seconds,
         "total_seconds": time.monotonic() - clock,
     }
-    shutil.rmtree(folder / "work", ignore_errors=True)
+    finish(folder)
     write_record(folder / "record.json", name="demo", config=recipe_dict(chosen), results=results)
     return f"{table}\n\nwritten to {folder}/: index.html, record.json, hybrid/"
 

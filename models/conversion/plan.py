@@ -188,6 +188,15 @@ def exact_reach(mixer: MixerConfig) -> int | None:
     return 0
 
 
+def softmax_reach(mixer: MixerConfig) -> int | None:
+    """Tokens up to which a trained mixer is softmax attention over all that was read.
+
+    Returns:
+        0 where it never is, None where the sequence may be of any length.
+    """
+    return exact_reach(mixer) if mixer.type in ("attention", "sliding_window", "lolcats") else 0
+
+
 def window_of(target: Mapping[str, Any]) -> dict[str, int] | None:
     """`window_size` and `num_sinks` of a target, defaults of its type included; of the first inner mixer
     that has them in a composite. None where there is no window.

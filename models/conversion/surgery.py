@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..decoder import MemoryLM
 from .finite import find_not_finite
-from .plan import ConversionPlan, converted_config, exact_reach
+from .plan import ConversionPlan, converted_config, exact_reach, softmax_reach
 from .weight_maps import weight_map
 
 _REPLACED = re.compile(r"layers\.(?P<layer>\d+)\.mixer\..*")
@@ -155,7 +155,14 @@ def check_parity(source: MemoryLM, student: MemoryLM, report: ParityReport, toke
                 f"{find_not_finite(source, tokens, whose='source') or 'its logits'}. Get its weights again."
             )
         checks.append(Check("logits that are not finite", float((~torch.isfinite(got)).sum()), 0.0))
-        reaches = [exact_reach(student.config.mixers[index]) for index in report.layers]
+        reaches = [
+            reach
+            for index in report.layers
+            for reach in (
+                exact_reach(student.config.mixers[index]),
+                softmax_reach(source.config.mixers[index]),
+            )
+        ]
         reach = min([tokens.shape[1], *(size for size in reaches if size is not None)])
         if not report.layers:
             checks.append(

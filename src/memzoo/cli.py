@@ -90,8 +90,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return run_command(args[0], args[1:])
     except KeyboardInterrupt as stop:
         # a run that has begun says itself what is left of it
-        left = "before the first step; nothing was written" if args[0] == "train" else ""
-        sys.stderr.write(f"\nmemzoo: interrupted {str(stop) or left}".rstrip() + "\n")
+        left = {
+            "train": "before the first step; nothing was written",
+            "convert": "between two stages. Give the same command again to go on.",
+        }
+        sys.stderr.write(f"\nmemzoo: interrupted {str(stop) or left.get(args[0], '')}".rstrip() + "\n")
         return 130
     except SystemExit as stop:
         line = getattr(stop, "line", None)  # of a run that ended before its time

@@ -166,6 +166,15 @@ def current_command() -> str:
     return shlex.join([Path(sys.argv[0]).name or "python", *sys.argv[1:]])
 
 
+def without_places(command: str) -> str:
+    """A command line in which of absolute paths only the last part is said."""
+    shown = []
+    for word in shlex.split(command):
+        flag, equals, value = word.partition("=") if word.startswith("-") else ("", "", word)
+        shown.append(f"{flag}{equals}{Path(value).name}" if Path(value).is_absolute() else word)
+    return shlex.join(shown)
+
+
 def library_versions() -> dict[str, str]:
     """Versions of Python and of the installed libraries that can change a number."""
     versions = {"python": platform.python_version(), "memzoo": __version__}

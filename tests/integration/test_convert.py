@@ -252,6 +252,7 @@ def stage(text: str, of: str = "{name: tune, loss: {kl: 1}, train: lora, steps: 
     [
         ("stagez: []", "Did you mean 'stages'"),
         ("- 1", "must hold a mapping"),
+        ("stages: [", "is not a YAML file"),
         ("target: {window_size: 4}", "needs a type"),
         ("target: lolcats", "must be a mapping"),
         ("stages: 3", "stages must be a list"),
@@ -301,6 +302,9 @@ def test_a_mistake_is_told_before_any_work(
     monkeypatch.setattr(folder_reader, "load_model", lambda path: pytest.fail("the teacher was loaded"))
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "hybrid").write_text("")
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "hybrid").symlink_to(source)
+    (tmp_path / "ce.yaml").write_text(stage("loss: {ce: 1}"), encoding="utf-8")
     given, fresh = ["--source", str(source)], ["--output", str(tmp_path / "x")]
     for arguments, message in (
         ([*given, *fresh, "--recipe", "lolcat"], "convert/lolcats"),
@@ -315,6 +319,9 @@ def test_a_mistake_is_told_before_any_work(
         ([*given, *fresh, "--accelerator", "gppu"], "accelerator 'gppu' cannot be used"),
         ([*given, *fresh, "--steps", "{alingn: 3}"], "Did you mean 'align'"),
         ([*given, *fresh, "--save_seconds", "-1"], "save_seconds"),
+        ([*given, *fresh, "--books", "[state_of_the_union]"], "'state_of_the_union' is in the training text"),
+        ([*given, "--output", str(tmp_path / "own")], "would be replaced by the result"),
+        ([*given, *fresh, "--guide", str(source), "--recipe", str(tmp_path / "ce.yaml")], "has no effect"),
     ):
         assert main(["convert", *arguments]) == 2
         assert message in capsys.readouterr().err
@@ -343,6 +350,21 @@ def test_a_mistake_is_told_before_any_work(
         (stage("seq_len: 64"), "seq_len must be above window_size + num_sinks = 68"),
         (stage("{loss: {hidden: 1}, train: new}"), "no stage with the loss kl or ce"),
         ("{layers: {method: mse}, " + stage("{}") + "}", "need an alignment stage"),
+        ("stages: []", "has no stages. Add one"),
+        ("{layers: {method: mse, keep: 2}, stages: " + json.dumps([ALIGN, TUNE]) + "}", "converts no block"),
+        (
+            "{target: {type: linear_attention}, " + stage("train: new") + "}",
+            "train=new has nothing to train: every parameter of linear_attention is taken over",
+        ),
+        (
+            "{target: {type: linear_attention}, " + stage("window_dropout: 0.5") + "}",
+            "window_dropout has no effect, linear_attention has no window",
+        ),
+        (
+            "{target: {type: based}, stages: " + json.dumps([{**ALIGN, "loss": {"attn_out": 1}}, TUNE]) + "}",
+            "the loss attn_out compares heads",
+        ),
+        ("data: {texts: emma, contiguous: true}", "contiguous has no effect"),
         ("data: {texts: [state_of_union]}", "state_of_the_union"),
         ("data: {files: nowhere.txt}", "nowhere.txt"),
         ("data: {text: emma}", "data: unknown key 'text'. Did you mean 'texts'"),

@@ -12,7 +12,13 @@ import numpy as np
 import pytest
 import torch
 
-from memzoo.records import current_command, read_record, write_record, write_text_atomically
+from memzoo.records import (
+    current_command,
+    read_record,
+    without_places,
+    write_record,
+    write_text_atomically,
+)
 
 
 def test_a_record_says_how_to_repeat_it(tmp_path: Path) -> None:
@@ -72,3 +78,11 @@ def test_the_command_names_a_module_that_was_run_as_a_program(monkeypatch: pytes
     assert current_command() == "python -m memzoo.cli convert --source 'a b'"
     monkeypatch.setattr(sys.modules["__main__"], "__spec__", None, raising=False)
     assert current_command() == "cli.py convert --source 'a b'"
+
+
+def test_a_command_can_be_shown_without_places() -> None:
+    command = (
+        "memzoo convert --source '/data/my models/llama' --output=/tmp/x/out --steps '{a: 1}' --recipe a/b"
+    )
+    shown = "memzoo convert --source llama --output=out --steps '{a: 1}' --recipe a/b"
+    assert without_places(command) == shown

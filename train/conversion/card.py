@@ -11,7 +11,7 @@ import yaml
 from ... import __version__
 from ..data.documents import names
 from .comparison import Row, comparison_table
-from .recipe import ConversionRecipe, recipe_dict
+from .recipe import ConversionRecipe, shown_recipe
 from .workshop import Conversion
 
 
@@ -32,7 +32,7 @@ def model_card(
         conversion: the model.
         is_control: whether it is the control of a conversion instead of the hybrid.
     """
-    base = Path(source).name
+    base = Path(source).resolve().name
     front = yaml.safe_dump(
         {
             "library_name": "memzoo",
@@ -66,15 +66,16 @@ def model_card(
         if rows and rows[0].losses
         else "No comparison was asked for."
     )
-    settings = json.dumps(recipe_dict(recipe), indent=2, default=str)
+    is_merged = any(facts.num_low_rank and facts.steps for facts in conversion.stages)
+    merged = "Low-rank updates are merged into the weights.\n" if is_merged else ""
+    settings = json.dumps(shown_recipe(recipe), indent=2, default=str)
     return f"""---
 {front}---
 
 # {base} as a memory hybrid{" (control)" if is_control else ""}
 
 {what} from `{base}` with memzoo {__version__}. Converted blocks: {", ".join(map(str, layers))}.
-Low-rank updates are merged into the weights.
-
+{merged}
 ```python
 import memzoo.models.hf  # registers the model type
 from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import importlib
 import inspect
 from collections.abc import Mapping
@@ -18,6 +19,7 @@ from ..data.texts import load_text
 _OWN = ("tokenizer", "seq_len", "batch_size", "seed")
 _NEEDED = frozenset(_OWN)
 DEFAULT_DATA = {"type": "text", "texts": ["state_of_the_union"]}
+_DIGESTED = 4096  # batches
 # Pretrained models have read their texts one after another, without resets.
 _DEFAULTS: dict[str, dict[str, Any]] = {"text": {"reset_at_documents": False, "append_eos": False}}
 
@@ -38,6 +40,11 @@ def check_data(data: Mapping[str, Any]) -> None:
             raise ValueError(f"data: {key} is set by the stages and the source. Leave it out.")
         if key != "type" and key not in known:
             raise ValueError(f"data: unknown key {key!r}. {suggest(str(key), set(known) - _NEEDED)}")
+    if data.get("contiguous"):
+        raise ValueError(
+            "data: contiguous has no effect: a conversion begins every window with an empty memory. Leave it "
+            "out."
+        )
     for name in names(data.get("texts", ())):
         load_text(name)
     for file in names(data.get("files", ())):
@@ -68,6 +75,17 @@ def read_batches(
             "Leave streaming out, or save a part of it as a file."
         )
     return found
+
+
+def batches_digest(batches: BatchSource) -> str:
+    """SHA-256 of what is read, in hexadecimal; of more than 4,096 batches, of as many spread evenly."""
+    digest = hashlib.sha256(str(batches.num_batches).encode())
+    count = min(batches.num_batches, _DIGESTED)
+    for number in range(count):
+        batch = batches.batch(0, number * batches.num_batches // count)
+        for part in (batch.input_ids, batch.labels, batch.cu_seqlens, batch.mask):
+            digest.update(b"none" if part is None else part.contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _data_class(data: Mapping[str, Any]) -> Any:

@@ -113,7 +113,7 @@ class StudentModule(LightningModule):
         checkpoint["state_dict"] = {
             name: tensor for name, tensor in checkpoint["state_dict"].items() if name in trained
         }
-        checkpoint["history"], checkpoint["num_tokens"] = self.history, self.num_tokens
+        checkpoint["history"], checkpoint["num_tokens"] = as_tensors(self.history), self.num_tokens
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
@@ -124,7 +124,8 @@ class StudentModule(LightningModule):
                 f"the checkpoint is of another stage: {odd[0]!r} is not on both sides ({len(odd)} such). "
                 "Start the conversion anew with --overwrite."
             )
-        self.history, self.num_tokens = checkpoint["history"], checkpoint["num_tokens"]
+        self.history = {name: values.tolist() for name, values in checkpoint["history"].items()}
+        self.num_tokens = checkpoint["num_tokens"]
 
     def note(self, name: str, value: Tensor, batch: TokenBatch, *, in_line: bool = False) -> None:
         """Keeps a figure of this step, and shows it in the progress line if asked.
@@ -287,6 +288,11 @@ class DistillModule(StudentModule):
             loss = loss + self.ce_weight * ce
         self.note("loss", loss, batch)
         return loss
+
+
+def as_tensors(history: Mapping[str, Sequence[float]]) -> dict[str, Tensor]:
+    """Figures of all steps, (steps,) each, to the bit."""
+    return {name: torch.tensor(values, dtype=torch.float64) for name, values in history.items()}
 
 
 def _plain_name(name: str) -> str:

@@ -5,18 +5,28 @@ model before any work.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from ... import configs
-from ...layers.contract import suggest
+from ...layers.contract import TokenMixer, suggest
+from ...layers.registry import build_mixer
 from ...models.config import ModelConfig
-from ...models.conversion import ConversionPlan, LayerSelection, converted_config, memory_off, window_of
+from ...models.conversion import (
+    ConversionPlan,
+    LayerSelection,
+    converted_config,
+    memory_off,
+    weight_map,
+    window_of,
+)
 from ...models.decoder import MemoryLM
+from ..data.documents import names
 from ..optim import OptimizerConfig
 from .data import DEFAULT_DATA, check_data
 from .updates import linear_layers, lora_size
@@ -238,6 +248,21 @@ def recipe_dict(recipe: ConversionRecipe) -> dict[str, Any]:
     return asdict(recipe) | {"target": dict(recipe.target)}
 
 
+def shown_recipe(recipe: ConversionRecipe) -> dict[str, Any]:
+    """The recipe as plain data for others to read: of absolute paths in it only the last part."""
+
+    def shown(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: shown(item) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [shown(item) for item in value]
+        is_place = isinstance(value, str) and "\n" not in value and Path(value).is_absolute()
+        return Path(value).name if is_place else value
+
+    plain: dict[str, Any] = shown(recipe_dict(recipe))
+    return plain
+
+
 def read_recipe(name: str, *, steps: Mapping[str, int] | None = None, **changes: Any) -> ConversionRecipe:
     """A shipped recipe by name, or one from a YAML file.
 
@@ -258,7 +283,10 @@ def read_recipe(name: str, *, steps: Mapping[str, int] | None = None, **changes:
             f"there is no recipe file {name!r} (looked in {Path.cwd()}). Check the path. "
             f"{configs.suggestion(name, 'convert')}"
         )
-    values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"{name} is not a YAML file: {error}. Correct it there.") from None
     if not isinstance(values, dict):
         raise ValueError(f"{name} must hold a mapping of recipe fields, got {type(values).__name__}.")
     wanted = {key: value for key, value in changes.items() if value is not None}
@@ -299,7 +327,12 @@ def check_recipe(recipe: ConversionRecipe, source: ModelConfig, *, with_control:
     """
     plan = recipe.plan
     layers = plan.converted_layers(source.depth)
-    if not layers:
+    if not recipe.all_stages:
+        raise ValueError(
+            "the recipe has no stages. Add one; steps: 0 leaves the model as the surgery made it."
+        )
+    selection = plan.layers if isinstance(plan.layers, LayerSelection) else None
+    if not layers or (selection is not None and selection.num_kept(source.depth) == source.depth):
         raise ValueError("the recipe converts no block. Give fewer blocks to keep, or leave layers out.")
     for index in layers:
         replaced = source.mixers[index].to_dict()
@@ -332,6 +365,7 @@ def check_recipe(recipe: ConversionRecipe, source: ModelConfig, *, with_control:
     for stage in recipe.all_stages:
         if stage.train == "lora":
             _check_updates(stage, hybrid, window, with_control)
+        _check_effect(stage, source, hybrid, layers)
     memoryless = window_of(plan.target)
     reach = memoryless["window_size"] + memoryless["num_sinks"] if memoryless else 0
     for stage in recipe.all_stages:
@@ -343,12 +377,61 @@ def check_recipe(recipe: ConversionRecipe, source: ModelConfig, *, with_control:
     check_data(recipe.data)
 
 
+def check_books(recipe: ConversionRecipe, books: Iterable[str]) -> None:
+    """Raises ValueError for a book of the comparison that is in the training text too."""
+    trained = set(names(recipe.data.get("texts", ())))
+    for book in books:
+        if book in trained:
+            raise ValueError(
+                f"the book {book!r} is in the training text: its perplexity would say little. Leave it out "
+                "of --books, or out of data.texts."
+            )
+
+
+def check_guide(recipe: ConversionRecipe, guide: str) -> None:
+    """Raises ValueError where no stage would learn from a guide."""
+    if not any(stage.loss.get("kl") for stage in recipe.all_stages):
+        raise ValueError(f"the guide {guide!r} has no effect: no stage has the loss kl. Leave it out.")
+
+
 def control_plan(recipe: ConversionRecipe, num_sinks: int | None = None) -> ConversionPlan:
     """The same conversion without a memory: a window, with the sinks of the recipe unless given."""
     window = dict(recipe.control or window_of(recipe.target) or DEFAULT_WINDOW)
     if num_sinks is not None:
         window["num_sinks"] = num_sinks
     return ConversionPlan(target={"type": "sliding_window", **window}, layers=recipe.plan.layers)
+
+
+def _check_effect(stage: Stage, source: ModelConfig, hybrid: MemoryLM, layers: Sequence[int]) -> None:
+    """Refuses what a stage asks for and the new mixers do not have."""
+    mixers = {index: hybrid.blocks[index].mixer for index in layers}
+    where = f"stage {stage.name!r}"
+    kind = next(iter(mixers.values())).config.type
+    if stage.window_dropout and not any("window_size" in mixer.overridable for mixer in mixers.values()):
+        raise ValueError(f"{where}: window_dropout has no effect, {kind} has no window. Leave it out.")
+    if stage.train == "new" and stage.steps:
+        known = {index: weight_map(source.mixers[index], mixer.config) for index, mixer in mixers.items()}
+        if all(set(mixer.state_dict()) <= set(known[index]) for index, mixer in mixers.items()):
+            raise ValueError(
+                f"{where}: train=new has nothing to train: every parameter of {kind} is taken over from the "
+                "source. Use mixers."
+            )
+    if "attn_out" in stage.loss:
+        for index, mixer in mixers.items():
+            old = build_mixer(source.mixers[index]).to("meta")
+            shapes = [_heads(old), _heads(mixer)]
+            if None in shapes or shapes[0] != shapes[1]:
+                raise ValueError(
+                    f"{where}: the loss attn_out compares heads before their projection, which {kind} in the "
+                    f"place of {old.config.type} (layer {index}) does not have alike. Use mixer_out."
+                )
+
+
+def _heads(mixer: TokenMixer) -> torch.Size | None:
+    """The shape of the heads' outputs, None for a mixer that does not give them."""
+    x = torch.empty(1, 2, mixer.d_model, device="meta")
+    found = mixer(x, return_extras=True).extras.get("head_outputs")
+    return None if found is None else found.shape
 
 
 def _check_updates(stage: Stage, hybrid: MemoryLM, window: MemoryLM, with_control: bool) -> None:

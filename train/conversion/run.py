@@ -20,19 +20,18 @@ from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-from ... import __version__
-from ...models.checkpoints.files import read_json, write_json
 from ...models.conversion import ConversionPlan, check_parity, convert_mixers, memory_off
 from ...models.decoder import MemoryLM
 from ..data.documents import encode_documents
 from ..data.texts import load_text
 from .comparison import UNALIGNED_ROW, Row
-from .data import read_batches
-from .recipe import ConversionRecipe, Stage, control_plan, recipe_dict
-from .stage import Segment, StageFacts, StageSettings, trained_names
+from .data import batches_digest, read_batches
+from .folder import as_json, begin, note_run
+from .recipe import ConversionRecipe, Stage, control_plan, shown_recipe
+from .stage import Segment, SegmentBatches, StageFacts, StageSettings, trained_names
 from .teacher import weights_digest
 from .updates import lora_size
-from .workshop import FORMAT_VERSION, MANIFEST, Conversion, Run, Workshop, count_trained
+from .workshop import Conversion, Run, Workshop, count_trained
 
 # of the comparison: tokens per window, and the token of each book at which the first window starts
 WINDOW_SIZE = 1024
@@ -95,7 +94,6 @@ def convert_and_compare(
             conversion in the folder.
     """
     wanted = comparison or Comparison()
-    begin(folder, teacher, recipe, guide)
     windows = {name: value for name, value in asdict(wanted).items() if name not in ("control", "ablations")}
     shop = Workshop(
         folder,
@@ -109,6 +107,16 @@ def convert_and_compare(
         guide=guide,
     )
     text = segments(recipe)
+    begin(
+        folder,
+        {
+            "recipe": shown_recipe(recipe),
+            "source": weights_digest(teacher),
+            "guide": None if guide is None else weights_digest(guide),
+            "text": batches_digest(SegmentBatches(text, shop.sources)),
+            "threads": torch.get_num_threads(),
+        },
+    )
     hybrid_stages = tuple((stage, (part,)) for stage, part in zip(recipe.all_stages, text, strict=True))
     plan = shop.choose_layers([pair for pair in hybrid_stages if pair[0].is_alignment])
     memoryless = {count: _with_layers(control_plan(recipe, count), plan) for count in (0, None)}
@@ -129,7 +137,7 @@ def convert_and_compare(
 
     def train(run: Run, on_stage: Any = lambda *_: None) -> Conversion:
         found = conversions[run.name] = shop.train(run, on_stage)
-        note_run(folder, run.name, found)
+        note_run(folder, run.name, run_facts(found))
         on_trained(run.name, found)
         return found
 
@@ -209,49 +217,6 @@ def control_stage(recipe: ConversionRecipe, last: Stage, hybrid: Conversion, win
     return replace(stage, train="lora", lora_rank=rank)
 
 
-def begin(folder: Path, teacher: MemoryLM, recipe: ConversionRecipe, guide: MemoryLM | None = None) -> None:
-    """Writes what is going to be done; goes on where the same was begun. The comparison may be another one.
-
-    Raises:
-        ValueError: the folder holds the beginning of another conversion.
-    """
-    settings = {
-        "recipe": recipe_dict(recipe),
-        "source": weights_digest(teacher),
-        "guide": None if guide is None else weights_digest(guide),
-        "threads": torch.get_num_threads(),
-    }
-    path = folder / MANIFEST
-    if path.is_file() and (folder / "work").is_dir():
-        begun = read_json(path).get("settings")
-        plain = _plain(settings)
-        if begun == plain:
-            return
-        different = next(
-            (key for key in plain if not isinstance(begun, dict) or begun.get(key) != plain[key]), ""
-        )
-        raise ValueError(
-            f"{str(folder)!r} holds the beginning of another conversion (other {different}). "
-            "Name another folder, or add --overwrite to start anew."
-        )
-    write_json(
-        path,
-        {
-            "format_version": FORMAT_VERSION,
-            "version": __version__,
-            "settings": _plain(settings),
-            "runs": {},
-        },
-    )
-
-
-def note_run(folder: Path, name: str, conversion: Conversion) -> None:
-    """Adds a finished run to the manifest."""
-    content = read_json(folder / MANIFEST)
-    content["runs"][name] = run_facts(conversion)
-    write_json(folder / MANIFEST, content)
-
-
 def run_facts(conversion: Conversion) -> dict[str, Any]:
     """What a run did, as plain data: its stages with first and last losses, and what its mixers became."""
     return {
@@ -271,10 +236,10 @@ def run_facts(conversion: Conversion) -> dict[str, Any]:
             for facts in conversion.stages
         ],
         "layer_errors": {
-            "before": _plain(conversion.report.layer_errors),
-            "after": _plain(conversion.layer_errors),
+            "before": as_json(conversion.report.layer_errors),
+            "after": as_json(conversion.layer_errors),
         },
-        "window_shares": _plain(conversion.window_shares),
+        "window_shares": as_json(conversion.window_shares),
     }
 
 
@@ -310,12 +275,3 @@ def book_tokens(tokenizer: Any, name: str) -> Tensor:
 
 def _with_layers(plan: ConversionPlan, chosen: ConversionPlan) -> ConversionPlan:
     return replace(plan, layers=chosen.layers)
-
-
-def _plain(value: Any) -> Any:
-    """As JSON gives it back: text keys, lists."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return value

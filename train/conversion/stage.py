@@ -1,6 +1,6 @@
 """One stage of one run: it goes on after a kill where it stopped, and leaves its weights in a sealed folder.
 
-STAGE/                  weights.safetensors and stage.json, once the stage is done
+STAGE/                  weights, history and stage.json, once the stage is done
 STAGE.running/          its last checkpoint until then
 """
 
@@ -12,7 +12,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer, seed_everythin
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
+from ...models.checkpoints.errors import CheckpointError
 from ...models.checkpoints.files import read_json, verify_folder, write_folder
 from ...models.checkpoints.safetensors_files import read_safetensors, write_safetensors_in_place
 from ...models.decoder import MemoryLM
@@ -28,7 +29,7 @@ from ..callbacks import ExactResume, StopOnSignal, TrainingProgress
 from ..checkpointing import FolderCheckpointIO, newest_checkpoint
 from ..data.batches import BatchSource, ResumableLoader, TokenBatch
 from ..stopping import RunEnded
-from .modules import AlignmentModule, DistillModule, StudentModule
+from .modules import AlignmentModule, DistillModule, StudentModule, as_tensors
 from .recipe import Stage
 from .teacher import TeacherReadings
 from .updates import freeze_except, linear_layers, lora_size, low_rank_updates, scaled_rates
@@ -36,6 +37,7 @@ from .updates import freeze_except, linear_layers, lora_size, low_rank_updates, 
 logger = logging.getLogger(__name__)
 
 WEIGHTS_NAME = "weights.safetensors"
+HISTORY_NAME = "history.safetensors"
 FACTS_NAME = "stage.json"
 SAVE_SECONDS = 60.0
 
@@ -146,7 +148,7 @@ def run_stage(
         readings: what the teacher has read.
         label: what the progress line begins with.
     """
-    if folder.is_dir() and verify_folder(folder):
+    if verified(folder):
         return _restore(student, folder)
     running = folder.with_name(f"{folder.name}.running")
     seed_everything(seed, verbose=False)
@@ -173,12 +175,22 @@ def run_stage(
         folder,
         {
             WEIGHTS_NAME: lambda path: write_safetensors_in_place(path, weights),
+            HISTORY_NAME: lambda path: write_safetensors_in_place(path, as_tensors(facts.history)),
             FACTS_NAME: lambda path: _write_facts(path, facts),
         },
         extra={"kind": "conversion_stage"},
     )
     shutil.rmtree(running, ignore_errors=True)
     return facts
+
+
+def verified(folder: Path) -> bool:
+    """Whether a sealed folder is there and whole; of one that is damaged a warning is said."""
+    try:
+        return folder.is_dir() and verify_folder(folder) is not None
+    except CheckpointError as error:
+        logger.warning("%s This part is done again.", error)
+        return False
 
 
 def trained_names(stage: Stage, student: MemoryLM, layers: Sequence[int], fresh: Sequence[str]) -> list[str]:
@@ -255,6 +267,9 @@ def _fit(
         plugins=[FolderCheckpointIO()],
     )
     newest = newest_checkpoint(running) if running.is_dir() else None
+    if newest is not None and not verified(newest):
+        shutil.rmtree(running)
+        newest = None
     if newest is not None:
         logger.info("%s goes on from its last checkpoint", label)
     module.train()
@@ -299,7 +314,8 @@ class TrainingClock(Callback):
 
 
 def _write_facts(path: Path, facts: StageFacts) -> None:
-    path.write_text(json.dumps(asdict(facts)), encoding="utf-8")
+    # the history of a long run is more than a JSON file here may hold
+    path.write_text(json.dumps(asdict(replace(facts, history={}))), encoding="utf-8")
 
 
 def _restore(student: MemoryLM, folder: Path) -> StageFacts:
@@ -308,4 +324,5 @@ def _restore(student: MemoryLM, folder: Path) -> StageFacts:
     with torch.no_grad():
         for name, tensor in weights.items():
             parameters[name].data = tensor.to(parameters[name].device)
-    return StageFacts(**read_json(folder / FACTS_NAME))
+    history = {name: values.tolist() for name, values in read_safetensors(folder / HISTORY_NAME).items()}
+    return StageFacts(**{**read_json(folder / FACTS_NAME), "history": history})

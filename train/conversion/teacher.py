@@ -26,9 +26,8 @@ DEFAULT_BYTES = 8 * 2**30
 class TeacherReadings:
     """The last hidden states of a teacher for every batch it has read: M numbers per token, not the V logits.
 
-    One file per batch, named by a digest of the teacher and of the ids, so that folders may be shared and
-    kept.
-    What does not fit is read again.
+    One file per batch, named by a digest of the teacher, of the ids and of the kind of device, so that
+    folders may be shared and kept. What does not fit is read again.
 
     Args:
         folder: where to keep them; None keeps nothing.
@@ -50,7 +49,7 @@ class TeacherReadings:
         path = None if self.folder is None else self.folder / f"{self._key(batch)}.safetensors"
         if path is not None and path.is_file():
             try:
-                return read_safetensors(path)["hidden"].to(batch.input_ids.device)
+                return _checked(read_safetensors(path), path).to(batch.input_ids.device)
             except (CheckpointError, KeyError) as error:
                 logger.warning("%s cannot be used and is read again: %s", path, error)
         hidden = last_hidden(teacher, batch)
@@ -64,7 +63,8 @@ class TeacherReadings:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with atomic_path(path) as temporary:
-                write_safetensors_in_place(temporary, {"hidden": hidden.cpu().contiguous()})
+                kept = hidden.cpu().contiguous()
+                write_safetensors_in_place(temporary, {"hidden": kept, "sha256": _sha256(kept)})
         except OSError as error:  # a full disk costs time, not the run
             logger.warning("what the teacher read is not kept: %s", error)
             self.num_bytes_left = 0
@@ -72,12 +72,24 @@ class TeacherReadings:
         self.num_bytes_left -= size
 
     def _key(self, batch: TokenBatch) -> str:
-        digest = hashlib.sha256(self.teacher_digest.encode())
+        digest = hashlib.sha256(f"{self.teacher_digest} {batch.input_ids.device.type}".encode())
         for part in (batch.input_ids, batch.cu_seqlens, batch.mask):
             digest.update(b"none" if part is None else f"{part.dtype}{tuple(part.shape)}".encode())
             if part is not None:
                 digest.update(part.cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()[:40]
+
+
+def _sha256(hidden: Tensor) -> Tensor:
+    digest = hashlib.sha256(hidden.view(torch.uint8).numpy().data).digest()
+    return torch.tensor(list(digest), dtype=torch.uint8)
+
+
+def _checked(kept: dict[str, Tensor], path: Path) -> Tensor:
+    """The hidden states of a file; raises CheckpointError when they are not those that were written."""
+    if not torch.equal(_sha256(kept["hidden"]), kept["sha256"]):
+        raise CheckpointError(f"{path} differs from its SHA-256.")
+    return kept["hidden"]
 
 
 def last_hidden(

@@ -1,19 +1,20 @@
 """Where a conversion happens: one folder in which runs are trained and rows measured, each only once.
 
-    FOLDER/conversion.json           what is converted and how; what is done already
     FOLDER/work/stages/RUN-STAGE/    weights that a stage left
-    FOLDER/work/rows/WINDOWS/        losses of a measured row
+    FOLDER/work/rows/ROW/            losses of a measured row
     FOLDER/work/teacher/             what the teacher read
 
-A conversion that was killed goes on in the same folder, with the same bits as one that was not.
+A conversion that was killed goes on in the same folder, with the same bits as one that was not. What is
+damaged there is done again.
 """
 
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 import logging
 import re
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -26,7 +27,8 @@ from torch import Tensor
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from ...layers.contract import probe
-from ...models.checkpoints.files import atomic_path, read_json, write_json
+from ...models.checkpoints.errors import CheckpointError
+from ...models.checkpoints.files import read_json, write_folder, write_json
 from ...models.checkpoints.safetensors_files import read_safetensors, write_safetensors_in_place
 from ...models.conversion import (
     ConversionPlan,
@@ -44,13 +46,14 @@ from ..evaluate import PositionLosses, position_losses
 from .comparison import Row
 from .data import read_batches
 from .recipe import ConversionRecipe, Stage
-from .stage import Segment, StageFacts, StageSettings, run_stage
+from .stage import Segment, StageFacts, StageSettings, run_stage, verified
 from .teacher import TeacherReadings, weights_digest
+from .updates import linear_layers
 
 logger = logging.getLogger(__name__)
 
-MANIFEST = "conversion.json"
-FORMAT_VERSION = 1
+LOSSES_NAME = "losses.safetensors"
+ROW_NAME = "row.json"
 
 
 @dataclass
@@ -211,12 +214,26 @@ class Workshop:
             )
             done.append(facts)
             on_stage(stage.name, student, done)
-        model = student.to(self.teacher.embed_tokens.weight.dtype).requires_grad_(True)
+        model = self._joined(run, student, done)
         found = Conversion(model, report, done)
         with torch.no_grad():
             found.layer_errors = layer_errors(self.teacher, model, report.layers, self.first_window())
             found.window_shares = window_shares(model, self.first_window())
         return found
+
+    def _joined(self, run: Run, student: MemoryLM, done: Sequence[StageFacts]) -> MemoryLM:
+        """The model right after the surgery with what was trained: the rest never went through bfloat16."""
+        trained = {name for facts in done if facts.steps for name in facts.trained}
+        for stage, _ in run.stages:
+            if stage.train == "lora" and stage.steps:
+                trained |= {f"{name}.weight" for name, _ in linear_layers(student, stage.lora_targets)}
+        model = self.untrained(run.plan)
+        weights = student.state_dict()
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name in trained:
+                    parameter.copy_(weights[name])
+        return model
 
     def measure(
         self,
@@ -233,16 +250,18 @@ class Workshop:
             num_trained: trainable numbers that were tuned.
             switched: what to do to the model meanwhile, for example `memory_off`.
         """
-        what = "-".join([*self.tokens, *(str(size) for size in self.windows.values())])
-        path = self.work / "rows" / what / f"{re.sub('[^a-z0-9]+', '-', name.lower()).strip('-')}.json"
+        digest = hashlib.sha256(json.dumps([name, dict(self.windows)]).encode())
+        for book, ids in self.tokens.items():
+            digest.update(book.encode() + ids.numpy().tobytes())
+        plain = re.sub("[^a-z0-9]+", "-", name.lower()).strip("-")
+        folder = self.work / "rows" / f"{plain}-{digest.hexdigest()[:12]}"
         made = model()
-        if path.is_file():
-            losses = _read_losses(path)
-        else:
+        losses = _read_losses(folder)
+        if losses is None:
             low = copy.deepcopy(made).to(self.device, torch.bfloat16).eval()
             with switched(low):
                 losses = self._losses(name, low)
-            _write_losses(path, losses)
+            _write_losses(folder, losses)
         row = Row(name, made.config, losses, num_trained)
         self.rows.append(row)
         if losses:
@@ -262,19 +281,15 @@ class Workshop:
         if not plan.is_measured:
             return ConversionPlan(target=plan.target, layers=plan.converted_layers(depth), gqa=plan.gqa)
         path = self.work / "selection.json"
-        if not path.is_file():
+        kept = _read_kept(path, depth)
+        if kept is None:
             everything = ConversionPlan(target=plan.target, gqa=plan.gqa)
             aligned = self.train(Run("selection", everything, tuple(stages)))
             scores = layer_scores(self.teacher, aligned.model, self.first_window(), plan.layers.method)
             kept = select_layers(plan.layers, depth, scores)
             write_json(path, {"kept": kept, "scores": {str(k): v for k, v in scores.items()}})
-        kept = read_json(path)["kept"]
         layers = [index for index in range(depth) if index not in kept]
         return ConversionPlan(target=plan.target, layers=layers, gqa=plan.gqa)
-
-    def close(self) -> None:
-        """Removes what only an unfinished conversion needs."""
-        shutil.rmtree(self.work, ignore_errors=True)
 
     def _losses(self, name: str, model: MemoryLM) -> dict[str, PositionLosses]:
         total = self.windows["num_windows"] * len(self.tokens)
@@ -344,23 +359,44 @@ def _next_token_loss(model: MemoryLM, tokens: Tensor) -> float:
     return float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()))
 
 
-def _write_losses(path: Path, losses: Mapping[str, PositionLosses]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
+def _read_kept(path: Path, depth: int) -> list[int] | None:
+    """The blocks that were chosen; None where they were not, or the file is damaged."""
+    if not path.is_file():
+        return None
+    try:
+        kept = read_json(path).get("kept")
+    except CheckpointError:
+        kept = None
+    if isinstance(kept, list) and set(kept) <= set(range(depth)):
+        return kept
+    logger.warning("%s cannot be used; the blocks are chosen again", path)
+    return None
+
+
+def _write_losses(folder: Path, losses: Mapping[str, PositionLosses]) -> None:
     tensors = {book: found.losses.contiguous() for book, found in losses.items()}
-    if tensors:
-        with atomic_path(path.with_suffix(".safetensors")) as temporary:
-            write_safetensors_in_place(temporary, tensors)
-    # last: its appearance says that the row is whole
-    write_json(
-        path,
-        {book: {"starts": list(found.starts), "seconds": found.seconds} for book, found in losses.items()},
+    facts = {book: {"starts": list(found.starts), "seconds": found.seconds} for book, found in losses.items()}
+    write_folder(
+        folder,
+        {
+            LOSSES_NAME: lambda path: write_safetensors_in_place(path, tensors),
+            ROW_NAME: lambda path: _write_plain(path, facts),
+        },
+        extra={"kind": "conversion_row"},
     )
 
 
-def _read_losses(path: Path) -> dict[str, PositionLosses]:
-    facts: dict[str, Any] = read_json(path)
-    tensors = read_safetensors(path.with_suffix(".safetensors")) if facts else {}
+def _read_losses(folder: Path) -> dict[str, PositionLosses] | None:
+    """None where the row has not been measured, or its files are damaged."""
+    if not verified(folder):
+        return None
+    facts: dict[str, Any] = read_json(folder / ROW_NAME)
+    tensors = read_safetensors(folder / LOSSES_NAME)
     return {
         book: PositionLosses(tensors[book], tuple(entry["starts"]), entry["seconds"])
         for book, entry in facts.items()
     }
+
+
+def _write_plain(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content), encoding="utf-8")
