@@ -180,8 +180,8 @@ def _storage(folder: Path) -> Iterator[None]:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS):
             raise
         raise ValueError(
-            f"the conversion in {str(folder)!r} could not write to its storage ({error.strerror}). Make room, "
-            "and give the same command again to go on."
+            f"the conversion in {str(folder)!r} could not write to its storage ({error.strerror}). Make "
+            "room, and give the same command again to go on."
         ) from error
 
 

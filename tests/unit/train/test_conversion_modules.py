@@ -43,11 +43,12 @@ def convert(source: MemoryLM) -> tuple[MemoryLM, ParityReport]:
     return convert_mixers(source, ConversionPlan(target=HYBRID))
 
 
-def test_alignment_gives_other_layers_exactly_zero_gradient() -> None:
+@pytest.mark.parametrize("loss", ["mixer_out", "attn_out", "hidden"])
+def test_alignment_gives_other_layers_exactly_zero_gradient(loss: str) -> None:
     source = teacher()
     student, report = convert(source)
     freeze_except(student, report.new_parameters)
-    module = AlignmentModule(student, source, OptimizerConfig(), [1], {"mixer_out": 1.0})
+    module = AlignmentModule(student, source, OptimizerConfig(), [1], {loss: 1.0})
     module.log = lambda *args, **kwargs: None  # type: ignore[method-assign]  # no trainer
     module.training_step(batch(), 0).backward()
     for name, parameter in student.named_parameters():
