@@ -150,10 +150,13 @@ def convert(
             on_trained=save,
         )
         results = comparison_results(rows) | training_results(conversions)
+        results["guide"] = None if guide is None else Path(guide).resolve().name
         results["report"] = conversions["hybrid"].report.to_dict()
         for name in ("hybrid", "control"):
             if name in conversions:
-                card = model_card(source, chosen, rows, conversions[name], is_control=name == "control")
+                card = model_card(
+                    source, chosen, rows, conversions[name], is_control=name == "control", guide=guide
+                )
                 write_text_atomically(folder / name / "README.md", card)
         title = f"{Path(source).resolve().name} as a memory hybrid"
         page = render_page(

@@ -131,6 +131,8 @@ def test_writes_both_models_and_a_report(converted: Path) -> None:
     assert record["results"]["runs"]["unaligned"]["num_tokens"] == facts["num_tokens"] == 6 * 48
     assert not (converted / "work").exists()  # nothing is left to go on with
     page = (converted / "index.html").read_text(encoding="utf-8")
+    for path in ("report.json", "index.html", "conversion.json"):
+        assert str(converted.parent) not in (converted / path).read_text(encoding="utf-8")
     for part in (
         "control - hybrid, moby_dick",
         "hybrid: align",
@@ -140,7 +142,7 @@ def test_writes_both_models_and_a_report(converted: Path) -> None:
         assert part in page
 
 
-def test_the_card_says_what_the_model_is(converted: Path) -> None:
+def test_the_card_says_what_the_model_is(source: Path, converted: Path) -> None:
     for name in ("hybrid", "control"):
         card = (converted / name / "README.md").read_text(encoding="utf-8")
         front = yaml.safe_load(card.split("---")[1])
@@ -148,6 +150,9 @@ def test_the_card_says_what_the_model_is(converted: Path) -> None:
         assert "lolcats" in front["tags"]
         assert "control - hybrid, moby_dick" in card
         assert "| tune | " in card
+        assert f"base_model: {source.name}" in card
+        assert "Low-rank updates are merged" in card
+        assert str(source) not in card
         assert ("control" in card.split("## Training")[0]) is (name == "control")
 
 

@@ -22,6 +22,7 @@ def model_card(
     conversion: Conversion,
     *,
     is_control: bool = False,
+    guide: str | None = None,
 ) -> str:
     """The README.md of a model folder, with the front matter that model hubs read.
 
@@ -31,6 +32,7 @@ def model_card(
         rows: of the comparison.
         conversion: the model.
         is_control: whether it is the control of a conversion instead of the hybrid.
+        guide: the larger model that it learned from, as the user named it.
     """
     base = Path(source).resolve().name
     front = yaml.safe_dump(
@@ -68,6 +70,7 @@ def model_card(
     )
     is_merged = any(facts.num_low_rank and facts.steps for facts in conversion.stages)
     merged = "Low-rank updates are merged into the weights.\n" if is_merged else ""
+    learned = f" The distribution learned (kl) is that of `{Path(guide).resolve().name}`." if guide else ""
     settings = json.dumps(shown_recipe(recipe), indent=2, default=str)
     return f"""---
 {front}---
@@ -88,7 +91,7 @@ or `memzoo.load("FOLDER")`.
 
 ## Training
 
-Text: {texts}. Licence and limits of the source model apply to this one too.
+Text: {texts}.{learned} Licence and limits of the source model apply to this one too.
 
 | stage | steps | tokens | trained numbers |
 |---|---|---|---|

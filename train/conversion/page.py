@@ -8,6 +8,7 @@ from ..report_page import Plot, Section, Series
 from .comparison import Row, comparison_table, state_bytes
 from .workshop import Conversion
 
+MOST_POINTS = 400  # of a line of losses
 STATE_LENGTHS = tuple(2**power for power in range(7, 21))
 HOW_TO_READ = (
     "Perplexity per token on books that were not trained on; every window starts with an empty memory. The "
@@ -69,8 +70,16 @@ def _loss_plots(conversions: Mapping[str, Conversion]) -> list[Plot]:
                     continue
                 kind = "alignment loss" if name == "loss" else name
                 label = f"{run}: {facts.name}"
-                lines.setdefault(kind, []).append(Series(label, range(1, len(values) + 1), values))
+                lines.setdefault(kind, []).append(Series(label, *block_means(values)))
     return [Plot(kind, "batch", kind, found, x_log=False, y_log=True) for kind, found in lines.items()]
+
+
+def block_means(values: Sequence[float], most: int = MOST_POINTS) -> tuple[list[int], list[float]]:
+    """Figures of successive batches as at most `most` points: the last batch of each block, and its mean."""
+    size = max(1, -(-len(values) // most))
+    blocks = [values[first : first + size] for first in range(0, len(values), size)]
+    ends = [min(first + size, len(values)) for first in range(0, len(values), size)]
+    return ends, [sum(block) / len(block) for block in blocks]
 
 
 def _stage_table(conversions: Mapping[str, Conversion]) -> list[list[str]]:

@@ -11,6 +11,7 @@ from memzoo.models.config import ModelConfig
 from memzoo.models.conversion import ConversionPlan, ParityReport, convert_mixers
 from memzoo.models.decoder import MemoryLM
 from memzoo.train.conversion.modules import AlignmentModule, DistillModule
+from memzoo.train.conversion.page import block_means
 from memzoo.train.conversion.stage import Segment, SegmentBatches
 from memzoo.train.conversion.teacher import TeacherReadings, last_hidden, weights_digest
 from memzoo.train.conversion.updates import freeze_except, lora_size, low_rank_updates
@@ -187,3 +188,12 @@ def test_refuses_unknown_parameters_and_losses() -> None:
         freeze_except(source, ["layers.0.mixer.z_proj.weight"])
     with pytest.raises(ValueError, match="not both 0"):
         DistillModule(source, source, OptimizerConfig(), {"kl": 0.0, "ce": 0.0})
+
+
+def test_a_line_of_losses_has_few_points() -> None:
+    assert block_means([3.0, 1.0, 2.0], 400) == ([1, 2, 3], [3.0, 1.0, 2.0])
+    assert block_means([3.0, 1.0, 2.0, 4.0, 7.0], 3) == ([2, 4, 5], [2.0, 3.0, 7.0])
+    ends, means = block_means([0.5] * 100_001)
+    assert len(ends) == len(means) <= 400
+    assert ends[-1] == 100_001
+    assert block_means([]) == ([], [])
