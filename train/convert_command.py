@@ -53,7 +53,8 @@ def convert(
         teacher_cache: folder that keeps what the teacher read, for other conversions of the same model.
         save_seconds: time between two checkpoints inside a stage.
         dry_run: only do the surgery, and say what it took over and whether the parity checks pass.
-        overwrite: replace the results of an earlier conversion in the output folder, or start it anew.
+        overwrite: replace the results of an earlier conversion in the output folder; an unfinished one starts
+            anew.
     """
     from ..models.checkpoints.folder import load_model, read_model_config
     from ..models.hf import save_model

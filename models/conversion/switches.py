@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from ...layers.contract import LayerOutput, TokenMixer
+from ...layers.parallel import Parallel
 from ..decoder import MemoryLM
 
 _MEMORYLESS = ("attention", "sliding_window")
@@ -20,13 +21,12 @@ def memory_off(model: MemoryLM) -> Iterator[None]:
     """Leaves the memory out of every mixer that has one.
 
     Mixers with a memory beside a window (lolcats, parallel) go on with the window; the output of mixers that
-    are nothing but a memory becomes 0; attention and windows are left alone.
+    are nothing but a memory becomes 0, inside parallel ones as well; attention and windows are left alone.
 
     Raises:
         ValueError: no mixer of the model has a memory.
     """
-    mixers = [block.mixer for block in model.blocks if block.mixer.config.type not in _MEMORYLESS]
-    mixers = [mixer for mixer in mixers if getattr(mixer, "memory_enabled", True)]
+    mixers = [memory for block in model.blocks for memory in _memories(block.mixer)]
     if not mixers:
         raise ValueError(
             "no mixer of this model has a memory branch that can be switched off. "
@@ -49,6 +49,14 @@ def other_mixers(model: MemoryLM, source: MemoryLM, layers: Sequence[int]) -> It
     finally:
         for index, mixer in kept.items():
             model.blocks[index].mixer = mixer
+
+
+def _memories(mixer: TokenMixer) -> list[TokenMixer]:
+    """The mixer if it has a memory; of a parallel one those inside that have."""
+    if isinstance(mixer, Parallel):
+        return [memory for inner in mixer.mixers for memory in _memories(cast(TokenMixer, inner))]
+    has_memory = mixer.config.type not in _MEMORYLESS and getattr(mixer, "memory_enabled", True)
+    return [mixer] if has_memory else []
 
 
 @contextmanager

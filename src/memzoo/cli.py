@@ -92,7 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # a run that has begun says itself what is left of it
         left = {
             "train": "before the first step; nothing was written",
-            "convert": "between two stages. Give the same command again to go on.",
+            "convert": "outside of a stage. Give the same command again to go on.",
         }
         sys.stderr.write(f"\nmemzoo: interrupted {str(stop) or left.get(args[0], '')}".rstrip() + "\n")
         return 130

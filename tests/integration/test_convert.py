@@ -356,6 +356,10 @@ def test_a_mistake_is_told_before_any_work(
         (stage("{loss: {hidden: 1}, train: new}"), "no stage with the loss kl or ce"),
         ("{layers: {method: mse}, " + stage("{}") + "}", "need an alignment stage"),
         ("stages: []", "has no stages. Add one"),
+        (
+            "target: {type: parallel, mixers: [{type: based}, {type: sliding_window, window_size: 4}]}",
+            "the window of a parallel target comes first",
+        ),
         ("{layers: {method: mse, keep: 2}, stages: " + json.dumps([ALIGN, TUNE]) + "}", "converts no block"),
         (
             "{target: {type: linear_attention}, " + stage("train: new") + "}",
@@ -441,7 +445,8 @@ def test_the_control_has_the_window_of_the_target(source: Path) -> None:
             {"window_size": 8, "num_sinks": 2},
         ),
     ):  # fmt: skip
-        recipe = ConversionRecipe(target=target)
+        mixers = {**ALIGN, "seq_len": 80, "train": "mixers"}
+        recipe = ConversionRecipe(target=target, stages=[mixers, {**TUNE, "seq_len": 80}])
         check_recipe(recipe, config)
         assert control_plan(recipe).target == {"type": "sliding_window", **window}
     own = ConversionRecipe(target={"type": "linear_attention"}, control={"window_size": 5})

@@ -40,14 +40,15 @@ def claimed(folder: Path) -> Iterator[None]:
     handle = os.open(work / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         _lock(handle, folder)
-        yield
-        if not _parts(folder):
-            (work / _LOCK).unlink(missing_ok=True)
+        try:
+            yield
+        finally:
+            if not _parts(folder):
+                (work / _LOCK).unlink(missing_ok=True)
+                with suppress(OSError):
+                    work.rmdir()
     finally:
         os.close(handle)
-        with suppress(OSError):
-            if not _parts(folder):
-                work.rmdir()
 
 
 def is_begun(folder: Path) -> bool:

@@ -362,6 +362,11 @@ def check_recipe(recipe: ConversionRecipe, source: ModelConfig, *, with_control:
         )
     if plan.is_measured and not any(stage.is_alignment for stage in recipe.all_stages):
         raise ValueError("layers chosen by a measurement need an alignment stage before it. Add one.")
+    inner = [mixer.type for mixer in getattr(hybrid.config.mixers[layers[0]], "mixers", ())]
+    if plan.target["type"] == "parallel" and "sliding_window" in inner[1:]:
+        raise ValueError(
+            f"the window of a parallel target comes first, got {', '.join(inner)}. Move it to the front."
+        )
     for stage in recipe.all_stages:
         if stage.train == "lora":
             _check_updates(stage, hybrid, window, with_control)

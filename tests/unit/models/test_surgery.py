@@ -209,6 +209,23 @@ def test_memory_off_silences_what_is_nothing_but_a_memory() -> None:
     assert torch.equal(student(tokens()).logits, off.logits)
 
 
+@pytest.mark.parametrize("combine", ["sum", "channel"])
+def test_memory_off_leaves_the_window_of_a_parallel_mixer_in_any_order(combine: str) -> None:
+    source = teacher()
+    inner = [{"type": "linear_attention"}, {"type": "sliding_window", "window_size": 5}, HYBRID]
+    student, _ = convert(source, {"type": "parallel", "combine": combine, "mixers": inner})
+    for block in student.blocks:
+        if combine == "channel":
+            torch.nn.init.constant_(block.mixer.coefficient, 0.5)
+    with memory_off(student):
+        off = student(tokens()).logits
+    with torch.no_grad():
+        for block in student.blocks:
+            block.mixer.mixers[0].o_proj.weight.zero_()
+            block.mixer.mixers[2].memory_enabled = False
+    assert torch.equal(student(tokens()).logits, off)
+
+
 def test_mixers_are_lent_to_another_model_and_come_back() -> None:
     source = teacher()
     student, _ = convert(source, HYBRID)

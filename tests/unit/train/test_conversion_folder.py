@@ -24,6 +24,9 @@ def test_two_processes_do_not_convert_into_one_folder(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="another process is converting into"), claimed(tmp_path):
             pass
     assert not (tmp_path / "work").exists()
+    with pytest.raises(RuntimeError), claimed(tmp_path):
+        raise RuntimeError
+    assert not (tmp_path / "work").exists()
     with claimed(tmp_path):
         started(tmp_path)
     with claimed(tmp_path):  # the one that ended has given it free
