@@ -18,6 +18,7 @@ from ..data.texts import load_text
 # given by the stage, the source or the recipe
 _OWN = ("tokenizer", "seq_len", "batch_size", "seed")
 _NEEDED = frozenset(_OWN)
+_UNREAD = ("contiguous", "num_workers", "max_val_windows", "max_val_rows")
 DEFAULT_DATA = {"type": "text", "texts": ["state_of_the_union"]}
 _DIGESTED = 4096  # batches
 # Pretrained models have read their texts one after another, without resets.
@@ -40,11 +41,12 @@ def check_data(data: Mapping[str, Any]) -> None:
             raise ValueError(f"data: {key} is set by the stages and the source. Leave it out.")
         if key != "type" and key not in known:
             raise ValueError(f"data: unknown key {key!r}. {suggest(str(key), set(known) - _NEEDED)}")
-    if data.get("contiguous"):
-        raise ValueError(
-            "data: contiguous has no effect: a conversion begins every window with an empty memory. Leave it "
-            "out."
-        )
+    for key in _UNREAD:
+        if data.get(key):
+            raise ValueError(
+                f"data: {key} has no effect: a conversion begins every window with an empty memory, reads in "
+                "its own process and validates on no text. Leave it out."
+            )
     for name in names(data.get("texts", ())):
         load_text(name)
     for file in names(data.get("files", ())):

@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 MANIFEST = "conversion.json"
 FORMAT_VERSION = 1
 _LOCK = "lock"
+_WRITTEN = (MANIFEST, "report.json", "index.html")
 # nothing else is ever written into work/, so anything else there is somebody's own
 _PARTS = ("rows", "selection.json", "stages", "teacher")
 
@@ -40,6 +41,9 @@ def claimed(folder: Path) -> Iterator[None]:
     handle = os.open(work / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         _lock(handle, folder)
+        for name in _WRITTEN:
+            for leftover in folder.glob(f".{name}.*"):  # of a write that was killed
+                leftover.unlink(missing_ok=True)
         try:
             yield
         finally:

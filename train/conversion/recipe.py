@@ -131,6 +131,8 @@ class Stage:
         for name in ("normalize", "recompute"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{where}: {name} must be true or false, got {getattr(self, name)!r}.")
+        if self.recompute and self.is_alignment:
+            raise ValueError(f"{where}: recompute has no effect in an alignment. Leave it out.")
         _check_names(f"{where}: lora_targets", self.lora_targets)
         self.optimizer  # noqa: B018  # raises on an unknown schedule
 

@@ -29,8 +29,10 @@ def test_two_processes_do_not_convert_into_one_folder(tmp_path: Path) -> None:
     assert not (tmp_path / "work").exists()
     with claimed(tmp_path):
         started(tmp_path)
+    (tmp_path / f".{MANIFEST}.x1.tmp").write_text("{")  # of a kill in the middle of writing
     with claimed(tmp_path):  # the one that ended has given it free
         assert is_begun(tmp_path)
+        assert sorted(path.name for path in tmp_path.iterdir()) == [MANIFEST, "work"]
 
 
 @pytest.mark.parametrize("name", ["thesis.tex", "stages.bak"])
