@@ -178,15 +178,25 @@ def convert(
 @contextmanager
 def _storage(folder: Path) -> Iterator[None]:
     """Says what to do when the storage is full or broken; what is done is kept."""
+    from safetensors import SafetensorError
+
     try:
         yield
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS):
             raise
-        raise ValueError(
-            f"the conversion in {str(folder)!r} could not write to its storage ({error.strerror}). Make "
-            "room, and give the same command again to go on."
-        ) from error
+        raise _storage_error(folder, error) from error
+    except SafetensorError as error:  # of weights being exported; it has no number
+        if "I/O error" not in str(error):
+            raise
+        raise _storage_error(folder, error) from error
+
+
+def _storage_error(folder: Path, error: Exception) -> ValueError:
+    return ValueError(
+        f"the conversion in {str(folder)!r} could not write to its storage ({error}). Make room, and give "
+        "the same command again to go on."
+    )
 
 
 def _drop_results(folder: Path) -> None:

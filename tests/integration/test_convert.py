@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import json
 import math
@@ -15,6 +16,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
+from safetensors import SafetensorError
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -419,6 +421,26 @@ def test_a_dry_run_says_what_the_surgery_does(
     ):
         assert line in said
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "No space left on device"), SafetensorError("I/O error: File too large")]
+)
+def test_full_storage_is_told_with_the_way_on(
+    source: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+) -> None:
+    def full(*given: object, **options: object) -> None:
+        raise error
+
+    monkeypatch.setattr("memzoo.train.conversion.run.convert_and_compare", full)
+    assert main(["convert", "--source", str(source), "--output", str(tmp_path / "x"), "--books", "[]"]) == 2
+    said = capsys.readouterr().err
+    assert "could not write to its storage" in said
+    assert "give the same command again to go on" in said
 
 
 def test_without_books_there_is_no_line_of_windows(
