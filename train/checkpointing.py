@@ -145,6 +145,12 @@ def newest_checkpoint(folder: StrPath) -> Path | None:
     return max(found)[2] if found else None
 
 
+def saved_at(folder: StrPath) -> float:
+    """When a checkpoint was written, in seconds since 1970; 0 where that is not known."""
+    found = (peek_folder(folder) or {}).get("saved_at")
+    return found if isinstance(found, float) else 0.0
+
+
 class FolderCheckpointIO(CheckpointIO):
     """Lightning's checkpoints as folders. Single files of earlier versions are still read.
 

@@ -22,7 +22,7 @@ from lightning.pytorch import Trainer
 
 from .. import configs
 from ..layers.contract import suggest
-from .checkpointing import newest_checkpoint
+from .checkpointing import newest_checkpoint, saved_at
 
 MODEL_TYPES = {"language_model": "memzoo.train.modules:LanguageModelModule"}
 DATA_TYPES = {
@@ -71,12 +71,14 @@ def check_configuration(args: Sequence[str]) -> None:
         )
 
 
-def find_checkpoint(subcommand: str, checkpoint: str | None) -> str | None:
+def find_checkpoint(subcommand: str, checkpoint: str | None, place: Path | None = None) -> str | None:
     """The checkpoint that ``--ckpt_path`` means: of a folder the newest complete one in or below it.
 
     Args:
         subcommand: fit, validate or test.
-        checkpoint: the value of ``--ckpt_path``; Lightning's own words such as ``last`` are left to it.
+        checkpoint: the value of ``--ckpt_path``. ``last`` is that of the run below ``place`` which
+            was written to last; Lightning's other words are left to it.
+        place: folder of the runs of this name; None leaves ``last`` to Lightning too.
 
     Raises:
         ValueError: a checkpoint that is not there or not complete, or a measurement without one; the message
@@ -89,6 +91,10 @@ def find_checkpoint(subcommand: str, checkpoint: str | None) -> str | None:
             f"memzoo train {subcommand} needs a checkpoint, or it would measure random weights. Name one "
             "with --ckpt_path, for example --ckpt_path runs/NAME/version_0/checkpoints/last.ckpt."
         )
+    if checkpoint == "last" and place is not None:
+        # not simply the newest below it: an older run may have made more steps
+        newest_of_runs = map(newest_checkpoint, place.glob("version_*"))
+        checkpoint = str(max(filter(None, newest_of_runs), key=saved_at, default=place))
     path = Path(checkpoint)
     if checkpoint in _CHECKPOINT_WORDS or "://" in checkpoint or path.is_file():
         return checkpoint

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Trainer
@@ -126,7 +127,10 @@ class TrainCLI(LightningCLI):
         self.config = parser.parse_args(args)
         chosen: str = self.config["subcommand"]
         section = self.config[chosen]
-        section["ckpt_path"] = find_checkpoint(chosen, section.get("ckpt_path"))
+        place = None  # of all runs of this name, where the loggers are ours
+        if section["trainer"]["logger"] in (None, True):
+            place = Path(section["trainer"]["default_root_dir"] or DEFAULT_FOLDER) / run_name(self._args)
+        section["ckpt_path"] = find_checkpoint(chosen, section.get("ckpt_path"), place)
         if chosen == "fit" and section["output"] is not None and not section["overwrite"]:
             refuse_content(section["output"])
         section["overwrite"] = False  # one run's permission; the saved configuration does not pass it on

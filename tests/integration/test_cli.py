@@ -267,11 +267,13 @@ def test_a_run_logs_to_a_table_and_to_tensorboard_unless_told_otherwise(
     del content["trainer"]["logger"]
     (workplace / "short.yaml").write_text(yaml.safe_dump(content | {"trainer": content["trainer"]}))
     short = ("--trainer.max_epochs", "1")
+    missing = fails(capsys, "train", "fit", "--config", "short.yaml", "--ckpt_path", "last")
+    assert "the checkpoint 'runs/short' does not exist" in missing
     run("train", "fit", "--config", "short.yaml", *short)
     assert "preflight: 3,888 parameters" in capsys.readouterr().err
     folder = workplace / "runs" / "short" / "version_0"
     saved = folder / "config.yaml"
-    run("train", "fit", "--config", str(saved), "--ckpt_path", "runs", "--trainer.max_epochs", "2")
+    run("train", "fit", "--config", str(saved), "--ckpt_path", "last", "--trainer.max_epochs", "2")
     second = workplace / "runs" / "short" / "version_1"
     for place, steps in ((folder, range(8)), (second, range(8, 16))):
         assert len(list(place.glob("events.out.tfevents.*"))) == 1

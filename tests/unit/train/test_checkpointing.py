@@ -25,6 +25,7 @@ from memzoo.train.checkpointing import (
     newest_checkpoint,
     save_checkpoint_folder,
 )
+from memzoo.train.command_line import find_checkpoint
 
 
 def checkpoint(step: int = 3, size: int = 4) -> dict[str, Any]:
@@ -282,3 +283,14 @@ def test_the_state_is_readable_as_json(tmp_path: Path) -> None:
     state = json.loads((tmp_path / "c" / "state.json").read_text())
     assert state["checkpoint"]["global_step"] == 7
     assert state["checkpoint"]["state_dict"] == {"weight": {"$": "tensor", "name": "state_dict.weight"}}
+
+
+def test_last_is_the_run_that_was_written_to_last(tmp_path: Path) -> None:
+    assert find_checkpoint("fit", None, tmp_path) is None
+    with pytest.raises(ValueError, match="holds no complete checkpoint"):
+        find_checkpoint("fit", "last", tmp_path)
+    for name, step in (("version_0", 1000), ("version_1", 5), ("version_1", 7)):
+        save_checkpoint_folder(tmp_path / name / "checkpoints" / f"step={step}.ckpt", checkpoint(step))
+    assert find_checkpoint("fit", "last", tmp_path) == str(tmp_path / "version_1/checkpoints/step=7.ckpt")
+    assert find_checkpoint("fit", str(tmp_path)) == str(tmp_path / "version_0/checkpoints/step=1000.ckpt")
+    assert find_checkpoint("fit", "last") == "last", "left to Lightning"
