@@ -48,8 +48,8 @@ def claimed(folder: Path) -> Iterator[None]:
             yield
         finally:
             if not _parts(folder):
-                (work / _LOCK).unlink(missing_ok=True)
                 with suppress(OSError):
+                    (work / _LOCK).unlink()
                     work.rmdir()
     finally:
         os.close(handle)

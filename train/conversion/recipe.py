@@ -44,8 +44,8 @@ class Stage:
     Attributes:
         name: of its rows and files.
         loss: loss -> weight. Each new mixer on its teacher's hidden states: `mixer_out` (squared error of its
-            output), `attn_out` (of its heads), `hidden` (length of the error of its output). Or the whole
-            model on its own states, over labelled tokens: `kl` (divergence from the teacher), `ce` (next
+            output), `attn_out` (of its heads), `hidden` (length of the error of its output). Or of the whole
+            model on its own states, over labelled tokens, `kl` (divergence from the teacher) and `ce` (next
             token).
         train: "new" (parameters that the source does not have), "mixers" (all of the new mixers), "lora"
             (low-rank updates), or "all".
