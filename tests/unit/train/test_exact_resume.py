@@ -54,6 +54,23 @@ def test_every_checkpoint_leads_to_the_same_end(tmp_path: Path, name: str) -> No
         assert rest.lines == book.lines, path.name
 
 
+def test_a_run_resumed_twice_leads_to_the_same_end(tmp_path: Path) -> None:
+    """Also where the second checkpoint is written before anything was read since the first."""
+    book = Book()
+    saver = SaveAlways(tmp_path / "first", book)
+    whole = weights(toy_run(saver, book=book))
+    # the third batch, after which a validation is due, and the last of the epoch
+    for number in (2, 9):
+        rest = Book()
+        again = SaveAlways(tmp_path / f"second_{number}", rest)
+        toy_run(again, book=rest, path=list(saver.logged)[number])
+        for path, logged in list(again.logged.items())[:3]:
+            last = Book()
+            last.lines = dict(logged)
+            assert all(map(torch.equal, whole, weights(toy_run(book=last, path=path)))), path.name
+            assert last.lines.items() <= book.lines.items()
+
+
 def test_worker_processes_change_nothing(tmp_path: Path) -> None:
     book, other = Book(), Book()
     saver = SaveAlways(tmp_path, book)
