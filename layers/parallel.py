@@ -44,16 +44,12 @@ class Parallel(CompositeMixer):
 
     Probe: `window_share`, the length of the first output over the sum of the lengths of all, weighted as they
     are added.
-
-    Attributes:
-        memory_enabled: False leaves the output of all but the first mixer out; they read on.
     """
 
     config: ParallelConfig
 
     def __init__(self, config: ParallelConfig, mixers: Sequence[TokenMixer]) -> None:
         super().__init__(config, mixers)
-        self.memory_enabled = True
         self.gate_proj: nn.Linear | None = None
         self.coefficient: nn.Parameter | None = None
         if config.combine == "gated":
@@ -85,7 +81,7 @@ class Parallel(CompositeMixer):
         if is_probing():
             first, *rest = (torch.linalg.vector_norm(output.detach().float(), dim=-1) for output in outputs)
             record("window_share", first / sum(rest, first).clamp(min=1e-12))  # (B, T)
-        return sum(outputs[1:], outputs[0]) if self.memory_enabled else outputs[0]
+        return sum(outputs[1:], outputs[0])
 
     def flops_per_token(self, num_tokens: int) -> int:
         """The inner mixers and the gate."""

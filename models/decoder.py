@@ -248,7 +248,7 @@ class MemoryLM(nn.Module):
             raise ValueError(
                 "the input holds no token (an empty prompt). Give at least one, a bos token for instance."
             )
-        hidden = self._embed(ctx.pack(input_ids))  # (B, T, M) or (1, L, M)
+        hidden = self.embed(ctx.pack(input_ids))  # (B, T, M) or (1, L, M)
         hidden, new_state, aux, extras, seen = self._run(hidden, ctx, state, return_hidden_states is True)
         if return_hidden_states:
             seen = [ctx.unpack(item) for item in (*seen, hidden)]
@@ -294,11 +294,29 @@ class MemoryLM(nn.Module):
             return_state=True,
             in_place=donate,
         )
-        hidden = self._embed(input_ids[:, None])  # (N, 1, M)
+        hidden = self.embed(input_ids[:, None])  # (N, 1, M)
         hidden, new_state, aux, extras, _ = self._run(hidden, ctx, state, False, is_step=True)
         if donate:
             state.poison()
         return ModelOutput(self.head(hidden).squeeze(1), new_state, None, aux, extras)
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """The residual stream (B, T, M) before the first block.
+
+        Raises:
+            ValueError: no integers, or ids outside the vocabulary.
+        """
+        if input_ids.is_floating_point() or input_ids.dtype == torch.bool:
+            raise ValueError(f"input_ids must be integers, got {input_ids.dtype}.")
+        if input_ids.device.type != "meta" and input_ids.numel() and not torch.compiler.is_compiling():
+            low, high = (int(value) for value in torch.aminmax(input_ids))
+            if low < 0 or high >= self.config.vocab_size:
+                raise ValueError(
+                    f"input_ids hold {low if low < 0 else high}, but the vocabulary has the ids 0 to "
+                    f"{self.config.vocab_size - 1}. Is the tokenizer that of this model?"
+                )
+        hidden = self.embed_tokens(input_ids)
+        return hidden.float() if self.config.residual_in_fp32 and hidden.dtype != torch.float64 else hidden
 
     @property
     def head_weight(self) -> Tensor:
@@ -342,19 +360,6 @@ class MemoryLM(nn.Module):
     def num_parameters(self) -> int:
         """Number of parameters; tied embeddings count once."""
         return sum(parameter.numel() for parameter in self.parameters())
-
-    def _embed(self, input_ids: Tensor) -> Tensor:
-        if input_ids.is_floating_point() or input_ids.dtype == torch.bool:
-            raise ValueError(f"input_ids must be integers, got {input_ids.dtype}.")
-        if input_ids.device.type != "meta" and input_ids.numel() and not torch.compiler.is_compiling():
-            low, high = (int(value) for value in torch.aminmax(input_ids))
-            if low < 0 or high >= self.config.vocab_size:
-                raise ValueError(
-                    f"input_ids hold {low if low < 0 else high}, but the vocabulary has the ids 0 to "
-                    f"{self.config.vocab_size - 1}. Is the tokenizer that of this model?"
-                )
-        hidden = self.embed_tokens(input_ids)
-        return hidden.float() if self.config.residual_in_fp32 and hidden.dtype != torch.float64 else hidden
 
     def _run(
         self,

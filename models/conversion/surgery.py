@@ -191,7 +191,7 @@ def layer_errors(
 ) -> dict[int, float]:
     """Relative squared error of each replaced mixer's output when it is given the source's hidden states."""
     errors = {}
-    hidden = source.embed_tokens(tokens)
+    hidden = source.embed(tokens)
     for index, (old, new) in enumerate(zip(source.blocks, student.blocks, strict=True)):
         normed = old.mixer_input(hidden)
         target = old.mixer(normed).hidden
@@ -204,7 +204,7 @@ def layer_errors(
 def _mixer_difference(source: MemoryLM, student: MemoryLM, layers: Sequence[int], tokens: Tensor) -> float:
     """Largest difference between old and new mixers over the largest output of the old one, in float32."""
     largest = 0.0
-    hidden = source.embed_tokens(tokens)
+    hidden = source.embed(tokens)
     for index, (old, new) in enumerate(zip(source.blocks, student.blocks, strict=True)):
         normed = old.mixer_input(hidden)
         if index in layers:

@@ -17,16 +17,21 @@ _MEMORYLESS = ("attention", "sliding_window")
 
 
 @contextmanager
-def memory_off(model: MemoryLM) -> Iterator[None]:
+def memory_off(model: MemoryLM, layers: Sequence[int] | None = None) -> Iterator[None]:
     """Leaves the memory out of every mixer that has one.
+
+    Args:
+        model: comes back as it was.
+        layers: blocks to look at; None takes all.
 
     Mixers with a memory beside a window (lolcats, parallel) go on with the window; the output of mixers that
     are nothing but a memory becomes 0, inside parallel ones as well; attention and windows are left alone.
 
     Raises:
-        ValueError: no mixer of the model has a memory.
+        ValueError: none of these mixers has a memory.
     """
-    mixers = [memory for block in model.blocks for memory in _memories(block.mixer)]
+    chosen = range(len(model.blocks)) if layers is None else layers
+    mixers = [memory for index in chosen for memory in _memories(model.blocks[index].mixer)]
     if not mixers:
         raise ValueError(
             "no mixer of this model has a memory branch that can be switched off. "

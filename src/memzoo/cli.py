@@ -154,8 +154,14 @@ def _quieten() -> None:
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
     warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\).*")
     warnings.filterwarnings("ignore", message="The dirpath has changed")
-    # a conversion has many trainers, and each would say these
-    dropped = ("Tip:", "Detected KeyboardInterrupt", "TPU available: False", "Automatic Mixed Precision")
+    # a conversion has many trainers, and each would say the last three
+    dropped = (
+        "Tip:",
+        "Detected KeyboardInterrupt",
+        "GPU available: False",
+        "TPU available: False",
+        "Automatic Mixed Precision",
+    )
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
         logging.getLogger(name).addFilter(
             lambda record: not any(words in record.getMessage() for words in dropped)

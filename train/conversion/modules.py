@@ -16,6 +16,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from ...kernels import linear_cross_entropy, linear_divergence
+from ...kernels.autograd import without_autocast
 from ...layers.contract import LayerOutput, TokenMixer
 from ...models.conversion import find_not_finite, first_not_finite, relative_error
 from ...models.decoder import MemoryLM
@@ -164,8 +165,24 @@ class StudentModule(LightningModule):
         return dict(SHRUNK) if float(torch.rand((), generator=generator)) < self.window_dropout else {}
 
 
+class _Settled(torch.autograd.Function):
+    """A loss whose gradients are known already."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, gradients: Sequence[Tensor | None], *parameters: Tensor) -> Tensor:
+        ctx.gradients = gradients
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, *(None if part is None else part * d_loss for part in ctx.gradients)
+
+
 class AlignmentModule(StudentModule):
     """New mixers against the attention they replace, on the teacher's hidden states.
+
+    The gradients of a layer are made right after its loss, so that one layer's activations are held at a
+    time, whatever the depth.
 
     Args:
         layers: blocks that were converted; only their mixers are read.
@@ -189,18 +206,25 @@ class AlignmentModule(StudentModule):
         self.layers, self.loss, self.normalize = frozenset(layers), dict(loss), normalize
 
     def training_step(self, batch: TokenBatch, batch_idx: int) -> Tensor:
-        losses = []
+        losses: list[Tensor] = []
+        parameters: list[Tensor] = []
+        gradients: list[Tensor | None] = []
         self.num_tokens += batch.num_tokens
         assert isinstance(self.student, MemoryLM)
         overrides = self.overrides(self.global_step)
-        hidden = self.teacher.embed_tokens(batch.input_ids)  # (B, T, M)
+        with torch.no_grad():
+            hidden = self.teacher.embed(batch.input_ids)  # (B, T, M)
         for index, (old, new) in enumerate(zip(self.teacher.blocks, self.student.blocks, strict=True)):
             with torch.no_grad():
                 normed = old.mixer_input(hidden)
                 target = self._read(old.mixer, normed, batch, {})
             if index in self.layers:
                 loss = self._distance(self._read(new.mixer, normed, batch, overrides), target)
-                losses.append(loss)
+                trained = [part for part in new.mixer.parameters() if part.requires_grad]
+                with without_autocast(loss.device):
+                    gradients += torch.autograd.grad(loss, trained, allow_unused=True)
+                parameters += trained
+                losses.append(loss.detach())
                 self.note(f"layer_{index}", loss, batch)
             if len(losses) == len(self.layers):
                 break
@@ -208,7 +232,9 @@ class AlignmentModule(StudentModule):
                 hidden = old.after_mixer(hidden, target.hidden)
         total = torch.stack(losses).mean()
         self.note("loss", total, batch, in_line=True)
-        return total
+        made = [None if part is None else part / len(losses) for part in gradients]
+        settled: Tensor = _Settled.apply(total, made, *parameters)
+        return settled
 
     def _read(
         self, mixer: TokenMixer, normed: Tensor, batch: TokenBatch, overrides: Mapping[str, int]

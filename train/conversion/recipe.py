@@ -354,7 +354,7 @@ def check_recipe(recipe: ConversionRecipe, source: ModelConfig, *, with_control:
                 f"{replaced.get('num_kv_heads')!r}. Leave num_kv_heads out to inherit it, or set gqa: expand."
             )
     hybrid = MemoryLM(converted_config(source, plan), device="meta")
-    with memory_off(hybrid):
+    with memory_off(hybrid, layers):
         pass
     window = MemoryLM(converted_config(source, control_plan(recipe)), device="meta")
     if with_control and recipe.last_end_to_end is None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +144,8 @@ def convert_and_compare(
 
     hybrid = train(Run("hybrid", plan, hybrid_stages), after_stage)
     shop.measure("hybrid", lambda: hybrid.model, hybrid.num_trained)
-    shop.measure("hybrid, memory branch off", lambda: hybrid.model, hybrid.num_trained, memory_off)
+    branch_off = partial(memory_off, layers=hybrid.report.layers)
+    shop.measure("hybrid, memory branch off", lambda: hybrid.model, hybrid.num_trained, branch_off)
     last = recipe.last_end_to_end
     if wanted.ablations and last is not None and len(hybrid_stages) > 1:
         merged = merged_stage(recipe, last, "end-to-end")
@@ -160,6 +162,9 @@ def surgery_report(teacher: MemoryLM, tokenizer: str, recipe: ConversionRecipe) 
     """What the surgery of a recipe takes over and whether the parity checks pass; nothing is trained.
 
     Where the blocks are chosen by a measurement, all of them are converted.
+
+    Raises:
+        ValueError: a parity check failed; the message names those that did.
     """
     stage = recipe.all_stages[0]
     batches = read_batches(
@@ -168,6 +173,7 @@ def surgery_report(teacher: MemoryLM, tokenizer: str, recipe: ConversionRecipe) 
     seed_everything(recipe.seed, verbose=False)
     student, report = convert_mixers(teacher, recipe.plan)
     check_parity(teacher, student, report, batches.batch(0, 0).input_ids[:1])
+    report.raise_on_failure()
     return report.summary()
 
 

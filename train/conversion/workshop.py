@@ -342,7 +342,7 @@ def window_shares(model: MemoryLM, tokens: Tensor) -> dict[int, float]:
         block -> mean over tokens, heads and rows; only blocks that record a `window_share`.
     """
     shares = {}
-    hidden = model.embed_tokens(tokens)
+    hidden = model.embed(tokens)
     for index, block in enumerate(model.blocks):
         with probe() as seen:
             mixed = block.mixer(block.mixer_input(hidden)).hidden

@@ -107,14 +107,6 @@ def test_extras_and_losses_carry_the_number_of_their_mixer() -> None:
     assert all(heads.shape == (2, 10, 2, 4) for heads in out.extras.values())
 
 
-def test_the_memory_beside_the_first_mixer_can_be_left_out() -> None:
-    mixer, x = build("parallel", [WINDOW, LOLCATS]), tokens()
-    mixer.memory_enabled = False
-    assert torch.equal(mixer(x).hidden, mixer.mixers[0](x).hidden)
-    state = mixer(x[:, :6], return_state=True).state
-    torch.testing.assert_close(mixer(x[:, 6:], state).hidden, mixer.mixers[0](x).hidden[:, 6:])
-
-
 def test_what_inner_mixers_need_and_allow_holds_for_the_whole() -> None:
     class Segmented(type(build_mixer({**WINDOW, "d_model": 8}))):
         exact = "segment"

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
 
+from memzoo.layers.contract import LayerOutput
 from memzoo.models.config import ModelConfig
-from memzoo.models.conversion import ConversionPlan, ParityReport, convert_mixers
+from memzoo.models.conversion import ConversionPlan, ParityReport, convert_mixers, relative_error
 from memzoo.models.decoder import MemoryLM
 from memzoo.train.conversion.modules import AlignmentModule, DistillModule
 from memzoo.train.conversion.page import block_means
@@ -197,3 +199,36 @@ def test_a_line_of_losses_has_few_points() -> None:
     assert len(ends) == len(means) <= 400
     assert ends[-1] == 100_001
     assert block_means([]) == ([], [])
+
+
+def test_alignment_holds_one_layer_and_gives_the_gradient_of_the_mean() -> None:
+    source = teacher()
+    student, report = convert(source)
+    freeze_except(student, report.new_parameters)
+    module = AlignmentModule(student, source, OptimizerConfig(), report.layers, {"mixer_out": 1.0})
+    module.log = lambda *args, **kwargs: None  # type: ignore[method-assign]
+    held: list[int] = []
+    distance = module._distance
+
+    def counting(new: LayerOutput, old: LayerOutput) -> torch.Tensor:
+        held.append(sum(out() is not None for out in alive))
+        alive.append(weakref.ref(new.hidden))
+        return distance(new, old)
+
+    alive: list[weakref.ref[torch.Tensor]] = []
+    module._distance = counting  # type: ignore[method-assign]
+    (0.5 * module.training_step(batch(), 0)).backward()
+    assert held == [0, 0, 0]
+    given = {name: p.grad.clone() for name, p in student.named_parameters() if p.grad is not None}
+    student.zero_grad()
+    hidden, losses = source.embed(batch().input_ids), []
+    for old, new in zip(source.blocks, student.blocks, strict=True):
+        normed = old.mixer_input(hidden).detach()
+        target = old.mixer(normed).hidden.detach()
+        losses.append(relative_error(new.mixer(normed).hidden, target))
+        hidden = old.after_mixer(hidden, target).detach()
+    (0.5 * torch.stack(losses).mean()).backward()
+    assert set(given) == set(report.new_parameters)
+    for name, parameter in student.named_parameters():
+        if name in given:
+            torch.testing.assert_close(given[name], parameter.grad, msg=name)
