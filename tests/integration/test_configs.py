@@ -53,6 +53,11 @@ def test_there_are_configurations_of_both_kinds() -> None:
     assert all(configs.summary(name) for name in MODELS + RUNS)
 
 
+@pytest.mark.parametrize("name", RUNS)
+def test_runs_log_where_the_command_puts_them(name: str) -> None:
+    assert "logger" not in yaml.safe_load(configs.find(name).read_text())["trainer"]
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_models_build_on_the_meta_device(name: str) -> None:
     config = ModelConfig.from_dict(yaml.safe_load(configs.find(name).read_text()))
