@@ -13,7 +13,7 @@ import multiprocessing
 import os
 import signal
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -163,7 +163,7 @@ class ResumableLoader(DataLoader[TokenBatch]):
         process_index: int = 0,
     ) -> None:
         self._num_yielded = 0
-        self._start = 0
+        self._resumed: dict[str, int] | None = None
         super().__init__(
             source,
             batch_size=None,
@@ -178,8 +178,8 @@ class ResumableLoader(DataLoader[TokenBatch]):
         )
 
     def __iter__(self) -> Iterator[TokenBatch]:  # type: ignore[override]  # the parent names a private class
-        # A resumed epoch starts in its middle once; every later epoch starts at its beginning.
-        self._num_yielded, self._start = self._start, 0
+        self._num_yielded = start_of_epoch(self._resumed, self._epoch_sampler.epoch, len(self))
+        self._resumed = None
         self._epoch_sampler.start = self._num_yielded
         for batch in super().__iter__():
             self._num_yielded += 1
@@ -191,12 +191,26 @@ class ResumableLoader(DataLoader[TokenBatch]):
         return self.sampler
 
     def state_dict(self) -> dict[str, int]:
-        return {"num_yielded": self._num_yielded}
+        # A run that saves again before it reads anything stands where it was resumed.
+        return self._resumed or {"num_yielded": self._num_yielded, "epoch": self._epoch_sampler.epoch}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        # A checkpoint written right after the last batch belongs to the next epoch.
-        # It is also where a run that saves again before it reads anything stands.
-        self._start = self._num_yielded = state["num_yielded"] % max(len(self), 1)
+        self._resumed = state
+
+
+def start_of_epoch(resumed: Mapping[str, int] | None, epoch: int, num_batches: int) -> int:
+    """Batches of an epoch that were read before a resumed run begins to read.
+
+    Args:
+        resumed: `num_yielded` and `epoch` of the loader when the checkpoint was written; None where nothing
+            was resumed.
+        epoch: the one that is about to be read. It is another one where the checkpoint was written behind the
+            last batch that the run takes of an epoch, which may be any (`limit_train_batches`).
+        num_batches: batches of an epoch.
+    """
+    if resumed is None or resumed.get("epoch", epoch) != epoch:
+        return 0
+    return resumed["num_yielded"] % max(num_batches, 1)
 
 
 def _begin_worker(run: int, worker: int) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .batches import TokenBatch
+from .batches import TokenBatch, start_of_epoch
 from .datasets_source import DatasetSource
 from .documents import text_of
 from .windows import window_batch
@@ -146,6 +146,16 @@ class StreamedWindows:
         return np.zeros(0, dtype=np.int64)
 
 
+class EpochNumber:
+    """What Lightning tells a loader: which epoch is read next."""
+
+    def __init__(self) -> None:
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+
 class StreamLoader:
     """A loader over a stream that calls a fixed number of batches an epoch.
 
@@ -165,15 +175,17 @@ class StreamLoader:
         self.windows = windows
         self.batch_size, self.num_batches = batch_size, num_batches
         self.reset_at_documents = reset_at_documents
+        self.sampler = EpochNumber()
         self._num_yielded = 0
-        self._start = 0
+        self._resumed: dict[str, int] | None = None
 
     def __len__(self) -> int:
         return self.num_batches
 
     def __iter__(self) -> Iterator[TokenBatch]:
         # A resumed epoch is shorter once; every later one has its full length.
-        self._num_yielded, self._start = self._start, 0
+        self._num_yielded = start_of_epoch(self._resumed, self.sampler.epoch, self.num_batches)
+        self._resumed = None
         while self._num_yielded < self.num_batches:
             batch = self._batch()
             self._num_yielded += 1
@@ -181,11 +193,11 @@ class StreamLoader:
 
     def state_dict(self) -> dict[str, Any]:
         """Batches of the epoch so far, and the state of the stream."""
-        return {"num_yielded": self._num_yielded, "windows": self.windows.state_dict()}
+        position = self._resumed or {"num_yielded": self._num_yielded, "epoch": self.sampler.epoch}
+        return {**position, "windows": self.windows.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        # A checkpoint written right after the last batch belongs to the next epoch.
-        self._start = self._num_yielded = state["num_yielded"] % self.num_batches
+        self._resumed = {name: value for name, value in state.items() if name != "windows"}
         self.windows.load_state_dict(state["windows"])
 
     def _batch(self) -> TokenBatch:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -116,3 +117,25 @@ def test_tokens_that_the_model_does_not_have_are_found_before_the_training(kind:
     with pytest.raises(ValueError, match="the token 256, but the model has the ids 0 to 255"):
         toy_trainer(Book()).fit(module, KINDS[kind]())
     assert not module.batches
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_epoch_that_ends_before_its_data_does_is_followed_by_a_new_one(kind: str) -> None:
+    # Trainer(limit_train_batches=2), and a checkpoint behind the last of the two
+    def loader() -> Any:
+        data = KINDS[kind]()
+        data.setup()
+        return data.train_dataloader()
+
+    whole, resumed = loader(), loader()
+    first = list(itertools.islice(whole, 2))
+    saved = whole.state_dict()
+    whole.sampler.set_epoch(1)
+    resumed.load_state_dict(saved)
+    assert kind == "stream" or resumed.state_dict() == saved
+    resumed.sampler.set_epoch(1)
+    assert_same(list(itertools.islice(resumed, 2)), list(itertools.islice(whole, 2)))
+    again = loader()  # the same checkpoint, but the epoch goes on
+    again.load_state_dict(saved)
+    rest = list(itertools.islice(again, 1))
+    assert_same([*first, *rest], list(itertools.islice(loader(), 3)))
