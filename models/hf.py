@@ -10,7 +10,8 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import logging as hf_logging
 
 from .checkpoints.errors import CheckpointError
 from .checkpoints.files import StrPath, verify_folder, write_folder
@@ -385,9 +387,23 @@ def save_model(model: MemoryLM, folder: StrPath, tokenizer: Any = None) -> None:
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
     found = {name: getattr(tokenizer, name, None) for name in names}
     ids = {name: int(value) for name, value in found.items() if value is not None}
-    MemoryForCausalLM.from_model(model, **ids).save_pretrained(folder)
+    with _without_progress():
+        MemoryForCausalLM.from_model(model, **ids).save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
+
+
+@contextmanager
+def _without_progress() -> Iterator[None]:
+    """Without the bar of transformers, which counts files and would break into our own progress line."""
+    was_shown = hf_logging.is_progress_bar_enabled()
+    if was_shown:
+        hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_shown:
+            hf_logging.enable_progress_bar()
 
 
 def _in_words(entry: Any) -> str:

@@ -156,7 +156,8 @@ def check_reading(path: str | os.PathLike[str], expected: Mapping[str, str]) -> 
         raise ValueError(_no_reading(path, "a state that names no model"))
     for part, value in expected.items():
         if notes.get(part, value) != value:
-            differs = f"({notes[part]}, here {value})" if part == "dtype" else "is not the one here"
+            other = "are not those here" if part == "weights" else "is not the one here"
+            differs = f"({notes[part]}, here {value})" if part == "dtype" else other
             raise ValueError(
                 f"the state in {os.fspath(path)!r} is of another model: its {part} {differs}. "
                 "Read the text again with this model, into another file."

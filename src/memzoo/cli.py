@@ -154,15 +154,21 @@ def _quieten() -> None:
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
     warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\).*")
     warnings.filterwarnings("ignore", message="The dirpath has changed")
-    # a conversion has many trainers, and each would say the last three
+    # a conversion has many trainers, and each would say the last five
     dropped = (
         "Tip:",
         "Detected KeyboardInterrupt",
         "GPU available: False",
         "TPU available: False",
         "Automatic Mixed Precision",
+        "`Trainer.fit` stopped: `max_",
+        "`weights_only` was not set",
     )
-    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
+    for name in (
+        "lightning.pytorch.utilities.rank_zero",
+        "lightning.fabric.utilities.rank_zero",
+        "lightning.pytorch.trainer.connectors.checkpoint_connector",
+    ):
         logging.getLogger(name).addFilter(
             lambda record: not any(words in record.getMessage() for words in dropped)
         )

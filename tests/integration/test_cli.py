@@ -260,6 +260,27 @@ def test_a_run_stopped_by_a_signal_goes_on_from_its_folder(
         run("train", subcommand, "--config", "recall.yaml", "--ckpt_path", str(last))
 
 
+@pytest.mark.parametrize(
+    "name, line, is_kept",
+    [
+        ("utilities.rank_zero", "GPU available: False, used: False", False),
+        ("utilities.rank_zero", "GPU available: True (cuda), used: True", True),
+        ("utilities.rank_zero", "`Trainer.fit` stopped: `max_steps=20` reached.", False),
+        ("utilities.rank_zero", "Restoring states from the checkpoint path at last.ckpt", True),
+        (
+            "trainer.connectors.checkpoint_connector",
+            "`weights_only` was not set, defaulting to `False`.",
+            False,
+        ),
+    ],
+)
+def test_lines_that_ask_for_nothing_are_not_shown(name: str, line: str, is_kept: bool) -> None:
+    run("list", "--what", "kernels")
+    log = logging.getLogger(f"lightning.pytorch.{name}")
+    record = log.makeRecord(log.name, logging.INFO, "file", 1, line, (), None)
+    assert bool(log.filter(record)) is is_kept
+
+
 def test_a_run_logs_to_a_table_and_to_tensorboard_unless_told_otherwise(
     workplace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

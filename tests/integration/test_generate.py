@@ -218,7 +218,7 @@ def test_a_state_of_another_model_is_refused(folders: dict[str, str], says: Any,
     other = ("--model", folders["based"], "--tokenizer", "other")
     assert "its tokenizer is not the one here" in says(*other, *go_on, status=2)
     save_model(byte_model("based", seed=1), "tuned", byte_tokenizer())
-    assert "its weights is not the one here" in says("--model", "tuned", *go_on, status=2)
+    assert "its weights are not those here" in says("--model", "tuned", *go_on, status=2)
     assert (workplace / "s").read_bytes() == kept
 
 

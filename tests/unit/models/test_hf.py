@@ -18,7 +18,7 @@ from memzoo.models.checkpoints.errors import CheckpointError
 from memzoo.models.checkpoints.files import MANIFEST_NAME
 from memzoo.models.checkpoints.folder import load_model
 from memzoo.models.config import ModelConfig
-from memzoo.models.hf import MemoryCache, MemoryConfig, MemoryForCausalLM
+from memzoo.models.hf import MemoryCache, MemoryConfig, MemoryForCausalLM, save_model
 
 from .damage import damaged_copies
 
@@ -92,6 +92,13 @@ def test_saving_again_replaces_and_shards(tmp_path):
     small_model().save_pretrained(tmp_path)
     assert not [name for name in os.listdir(tmp_path) if name.startswith("model-")]
     assert torch.equal(MemoryForCausalLM.from_pretrained(tmp_path)(ids).logits, expected)
+
+
+def test_saving_a_model_shows_no_bar_and_leaves_that_of_transformers_on(tmp_path, capfd):
+    transformers.utils.logging.enable_progress_bar()
+    save_model(small_model().model, tmp_path)
+    assert capfd.readouterr().err == ""
+    assert transformers.utils.logging.is_progress_bar_enabled()
 
 
 def test_wrapping_shares_the_weights(tmp_path):

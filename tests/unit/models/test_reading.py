@@ -125,7 +125,7 @@ def test_copies_of_a_model_have_one_fingerprint_and_others_have_not() -> None:
 def test_what_another_model_read_is_refused(tmp_path: Path) -> None:
     model, path = small_model(), tmp_path / "book.state"
     save_reading(read_tokens(model, tokens(9)), path, model)
-    with pytest.raises(ValueError, match="another model: its weights is not the one here"):
+    with pytest.raises(ValueError, match="another model: its weights are not those here"):
         load_reading(path, small_model(seed=1))
     with pytest.raises(ValueError, match="another model: its config is not the one here"):
         load_reading(path, small_model(d_model=32))
