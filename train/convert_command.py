@@ -172,7 +172,8 @@ def convert(
             command=without_places(current_command()),
         )
         finish(folder)
-    return f"{comparison_table(rows)}\n\nmodel written to {folder / 'hybrid'}"
+    places = f"page written to {folder / 'index.html'}\nmodel written to {folder / 'hybrid'}"
+    return f"{comparison_table(rows)}\n\n{places}"
 
 
 @contextmanager

@@ -105,7 +105,10 @@ def converted(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     with contextlib.redirect_stdout(io.StringIO()) as shown:
         arguments += ["--num_windows", "2", "--accelerator", "cpu", "--ablations", "true"]
         assert main(["convert", *arguments]) == 0
-    assert shown.getvalue().splitlines()[-1] == f"model written to {output / 'hybrid'}"
+    assert shown.getvalue().splitlines()[-2:] == [
+        f"page written to {output / 'index.html'}",
+        f"model written to {output / 'hybrid'}",
+    ]
     return output
 
 

@@ -64,7 +64,7 @@ def model_card(
     )
     measured = (
         "Perplexity per token on books that were not trained on; every window starts with an empty memory; "
-        f"the comparison reads windows of each book in bfloat16.\n\n```\n{comparison_table(rows)}\n```"
+        f"all rows are measured in bfloat16.\n\n```\n{comparison_table(rows)}\n```"
         if rows and rows[0].losses
         else "No comparison was asked for."
     )
