@@ -42,7 +42,7 @@ from .preflight import Preflight
 from .stopping import StopOnSignal, check_last_save, way_on
 
 DEFAULT_FOLDER = "runs"
-SAVE_MINUTES = 10.0  # the longest time without a checkpoint
+SAVE_MINUTES = 2.0  # the longest time without a checkpoint
 
 
 class TrainCLI(LightningCLI):
