@@ -41,7 +41,7 @@ from memzoo.train.conversion.recipe import (
 )
 from memzoo.train.conversion.run import Comparison, convert_and_compare
 from memzoo.train.conversion.stage import StageSettings
-from memzoo.train.conversion.workshop import Conversion
+from memzoo.train.conversion.workshop import Conversion, Workshop
 from memzoo.train.data.texts import load_text
 from memzoo.train.data.tokenizers import load_tokenizer
 
@@ -145,6 +145,25 @@ def test_writes_both_models_and_a_report(converted: Path) -> None:
         "Perplexity by position",
     ):
         assert part in page
+
+
+@pytest.mark.parametrize("layers", [None, {"method": "mse", "keep": 1}])
+@pytest.mark.parametrize("ablations", [False, True])
+@pytest.mark.parametrize("control", [False, True])
+def test_parts_are_counted(
+    source: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    layers: object,
+    ablations: bool,
+    control: bool,
+) -> None:
+    said: list[str] = []
+    label = Workshop._label
+    monkeypatch.setattr(Workshop, "_label", lambda shop, name: said.append(label(shop, name)) or said[-1])
+    recipe = ConversionRecipe(target=TARGET, layers=layers, stages=[ALIGN, {**TUNE, "steps": 1}])
+    convert(source, tmp_path, recipe, comparison=Comparison(control=control, ablations=ablations))
+    assert [line.split()[0] for line in said] == [f"[{n}/{len(said)}]" for n in range(1, len(said) + 1)]
 
 
 def test_the_card_says_what_the_model_is(source: Path, converted: Path) -> None:

@@ -119,6 +119,7 @@ def convert_and_compare(
         },
     )
     hybrid_stages = tuple((stage, (part,)) for stage, part in zip(recipe.all_stages, text, strict=True))
+    shop.num_parts = count_parts(recipe, wanted)
     plan = shop.choose_layers([pair for pair in hybrid_stages if pair[0].is_alignment])
     memoryless = {count: _with_layers(control_plan(recipe, count), plan) for count in (0, None)}
     window = memoryless[None].target
@@ -156,6 +157,18 @@ def convert_and_compare(
         control = train(Run("control", memoryless[None], ((stage, tuple(text)),)))
         shop.measure(CONTROL_ROW, lambda: control.model, control.num_trained)
     return shop.rows, conversions
+
+
+def count_parts(recipe: ConversionRecipe, comparison: Comparison) -> int:
+    """Stages and rows of a conversion."""
+    stages, last = recipe.all_stages, recipe.last_end_to_end
+    rows = 5 + bool(control_plan(recipe).target.get("num_sinks", 0))  # teacher, windows, before, hybrid, off
+    selection = sum(stage.is_alignment for stage in stages) if recipe.plan.is_measured else 0
+    control = 2 if comparison.control and last is not None else 0
+    ablations = 0
+    if comparison.ablations:
+        ablations = len(stages) - 1 + (2 if last is not None and len(stages) > 1 else 0)
+    return rows + len(stages) + selection + control + ablations
 
 
 def surgery_report(teacher: MemoryLM, tokenizer: str, recipe: ConversionRecipe) -> str:

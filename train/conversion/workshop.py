@@ -127,6 +127,9 @@ class Workshop:
         settings: how stages are run.
         cache: folder for what the teacher reads; None takes one inside `folder`.
         guide: the model whose distribution end-to-end stages learn; None takes the teacher.
+
+    Attributes:
+        num_parts: stages and rows of the whole conversion, for the progress lines.
     """
 
     def __init__(
@@ -149,6 +152,8 @@ class Workshop:
         self.low_guide = self.low_teacher if guide is None else copy.deepcopy(guide).to(torch.bfloat16)
         self.readings = TeacherReadings(cache or self.work / "teacher", weights_digest(self.low_guide))
         self.rows: list[Row] = []
+        self.num_parts = 0
+        self._num_begun = 0
         self._sources: dict[tuple[int, int], BatchSource] = {}
 
     @property
@@ -210,7 +215,7 @@ class Workshop:
                 seed=self.recipe.seed + 1 + number,
                 readings=self.readings,
                 settings=self.settings,
-                label=f"{run.name}: {stage.name}",
+                label=self._label(f"{run.name}: {stage.name}"),
             )
             done.append(facts)
             on_stage(stage.name, student, done)
@@ -253,14 +258,14 @@ class Workshop:
         digest = hashlib.sha256(json.dumps([name, dict(self.windows)]).encode())
         for book, ids in self.tokens.items():
             digest.update(book.encode() + ids.numpy().tobytes())
-        plain = re.sub("[^a-z0-9]+", "-", name.lower()).strip("-")
+        plain, label = re.sub("[^a-z0-9]+", "-", name.lower()).strip("-"), self._label(name)
         folder = self.work / "rows" / f"{plain}-{digest.hexdigest()[:12]}"
         made = model()
         losses = _read_losses(folder)
         if losses is None:
             low = copy.deepcopy(made).to(self.device, torch.bfloat16).eval()
             with switched(low):
-                losses = self._losses(name, low)
+                losses = self._losses(label, low)
             _write_losses(folder, losses)
         row = Row(name, made.config, losses, num_trained)
         self.rows.append(row)
@@ -290,6 +295,11 @@ class Workshop:
             write_json(path, {"kept": kept, "scores": {str(k): v for k, v in scores.items()}})
         layers = [index for index in range(depth) if index not in kept]
         return ConversionPlan(target=plan.target, layers=layers, gqa=plan.gqa)
+
+    def _label(self, name: str) -> str:
+        """The name of the next part with its number, for a progress line."""
+        self._num_begun += 1
+        return f"[{self._num_begun}/{self.num_parts}] {name}" if self.num_parts else name
 
     def _losses(self, name: str, model: MemoryLM) -> dict[str, PositionLosses]:
         total = self.windows["num_windows"] * len(self.tokens)
