@@ -221,8 +221,9 @@ class AlignmentModule(StudentModule):
             if index in self.layers:
                 loss = self._distance(self._read(new.mixer, normed, batch, overrides), target)
                 trained = [part for part in new.mixer.parameters() if part.requires_grad]
-                with without_autocast(loss.device):
-                    gradients += torch.autograd.grad(loss, trained, allow_unused=True)
+                if trained:
+                    with without_autocast(loss.device):
+                        gradients += torch.autograd.grad(loss, trained, allow_unused=True)
                 parameters += trained
                 losses.append(loss.detach())
                 self.note(f"layer_{index}", loss, batch)
