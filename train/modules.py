@@ -39,7 +39,7 @@ class LanguageModelModule(LightningModule):
             each mixer's own law. Many mixers follow papers whose 0.02 suits a width of a thousand; a model of
             width 64 barely learns from there and wants 1.0.
         recompute: run each block again in the backward pass instead of keeping what it computed: less memory,
-            about a third more work, the same numbers.
+            one more forward pass of the blocks, the same numbers.
         carry_state: begin each row of a batch with the memory that the same row of the batch before has ended
             with, without gradient, unless the batch says that the row begins anew. Needs contiguous data and
             one process. Every validation begins with empty memories.

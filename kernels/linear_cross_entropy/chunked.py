@@ -20,9 +20,7 @@ from ..autograd import backward_without_autocast, without_autocast
 # Dimensions: N positions, C positions of a chunk, V vocabulary, M model width
 
 # Logits held at once, in numbers (48 MiB of float32; 256 positions of a vocabulary of 49,152). The weight and
-# its gradient pass through memory once per chunk, which costs as much as the arithmetic of 13 positions, so
-# chunks of 32 positions take 1.3 times as long; beyond this nothing is
-# gained and memory is lost.
+# its gradient pass through memory once per chunk, so small chunks are slow; larger ones only cost memory.
 CHUNK_NUMBERS = 12 * 2**20
 # Positions whose softmax is taken at once: in float32 their logits stay in the processor's cache.
 SOFTMAX_ROWS = 32
