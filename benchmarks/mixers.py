@@ -1,0 +1,395 @@
+"""Time and memory of whole layers beside full attention and the layers of transformers.
+
+    python benchmarks/mixers.py                                          everything, up to 32k tokens
+    python benchmarks/mixers.py --only mamba2 --only gated_delta_net     some mixers (and full attention)
+    python benchmarks/mixers.py --max-length 2048 --dtype float32
+    python benchmarks/mixers.py --quick                                  to try the script
+
+One layer of width 512 with heads of 64 reads one sequence: forward, forward with the backward pass to input
+and weights, and one decoded token after short and long contexts, all in turns. The layers of transformers
+have their usual sizes for that width (`PEERS`). What a layer cannot do within the limits of time and memory
+is named in the record with its reason. At the end the figures are held against what the project wants.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import common
+import torch
+from torch import Tensor, nn
+
+from memzoo.layers import TokenMixer, build_mixer, list_mixers
+from memzoo.layers.parts.composite import CompositeMixer
+from memzoo.layers.registry import mixer_entry
+
+# Dimensions: B batch, T tokens, M model width
+
+WIDTH, HEAD_DIM = 512, 64
+LENGTHS = (512, 2048, 8192, 32768)
+CONTEXTS = (1024, 65536)  # tokens read before a decoded one
+PIECE = 1024  # tokens of one call while a context is read
+DTYPES = ("float32", "bfloat16")
+MODES = ("forward", "forward+backward")
+BASELINE = "attention"
+SETTINGS: dict[str, dict[str, Any]] = {"sliding_window": {"window_size": 256}, "lolcats": {"num_sinks": 4}}
+# what the project wants: mixer -> at least this multiple of the speed of the other, forward+backward
+WANTED_AT_2K: dict[str, tuple[str, str, float]] = {
+    "mamba2": ("transformers Mamba-2", "float32", 3.0),
+    "gated_delta_net": ("transformers Gated DeltaNet", "float32", 3.0),
+    "linear_attention": (BASELINE, "bfloat16", 1.0),
+    "delta_net": (BASELINE, "bfloat16", 0.5),
+    "mamba1": (BASELINE, "bfloat16", 0.2),
+}
+WANTED_TOKENS_PER_SECOND = {"mamba1": 4000.0}  # float32, forward+backward, 2,048 tokens
+MOST_GROWTH = 4.4  # from 8k to 32k tokens
+MOST_DECODE_GROWTH = 1.1  # of a token after 65,536 tokens against one after 1,024
+
+Row = dict[str, Any]
+Layer = Callable[[Tensor], Tensor]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run what the command line asks for and write the record; 0 when all went well."""
+    made = common.parser(__doc__.splitlines()[0])
+    made.add_argument("--only", action="append", help="this mixer or peer (may be repeated)")
+    made.add_argument("--dtype", choices=DTYPES, action="append", help="this precision (default: both)")
+    made.add_argument(
+        "--max-length", type=int, default=LENGTHS[-1], help="longest sequence (default: %(default)s)"
+    )
+    made.add_argument(
+        "--max-seconds",
+        type=float,
+        default=40.0,
+        help="skip a call expected to take longer (default: %(default)s)",
+    )
+    made.add_argument(
+        "--max-gib", type=float, default=8.0, help="skip a call expected to need more (default: %(default)s)"
+    )
+    made.add_argument(
+        "--budget", type=float, default=3.0, help="seconds to time each call for (default: %(default)s)"
+    )
+    options = made.parse_args(arguments)
+    device = common.prepare(options)
+    width, head_dim = WIDTH, HEAD_DIM
+    lengths: Sequence[int] = LENGTHS
+    contexts: Sequence[int] = CONTEXTS
+    if options.quick:
+        width, head_dim, lengths, contexts, options.budget = 32, 8, (32, 64), (48, 96), 0.01
+    chosen = subjects(width, head_dim, options.only)
+    rows: list[Row] = []
+    skipped: list[Row] = []
+    for dtype in options.dtype or DTYPES:
+        layers = {name: make().to(device, getattr(torch, dtype)) for name, make in chosen.items()}
+        found = _parallel(layers, dtype, [n for n in lengths if n <= options.max_length], device, options)
+        for row in (*found, *_decode(layers, dtype, contexts, device, options)):
+            (skipped if "skipped" in row else rows).append(row)
+            print(_sentence(row), flush=True)
+    checks = [] if options.quick else list(checked(rows))
+    for check in checks:
+        print(
+            f"{'reached' if check['reached'] else 'MISSED'}: {check['what']}: {check['value']:.3g} "
+            f"({check['bound']} {check['wanted']:g})"
+        )
+    config = {
+        "width": width,
+        "head_dim": head_dim,
+        "batch": 1,
+        "device": str(device),
+        "threads": torch.get_num_threads(),
+        "max_seconds": options.max_seconds,
+        "max_gib": options.max_gib,
+        "budget_s": options.budget,
+        "mixers": {
+            name: layer.config.to_dict() for name, layer in layers.items() if isinstance(layer, TokenMixer)
+        },
+    }
+    path = common.save(options, "mixers", config, {"rows": rows, "skipped": skipped, "wanted": checks})
+    if path is not None:
+        print(f"wrote {path}")
+    return 0
+
+
+# ---------------------------------------------------------------------------------------------- subjects
+
+
+def subjects(width: int, head_dim: int, only: Sequence[str] | None) -> dict[str, Callable[[], nn.Module]]:
+    """Name -> function that builds the layer; full attention comes first and is always there.
+
+    Raises:
+        SystemExit: a name that does not exist.
+    """
+    simple = [name for name in list_mixers() if not issubclass(mixer_entry(name).mixer, CompositeMixer)]
+    known: dict[str, Callable[[], nn.Module]] = {
+        name: partial(_ours, name, width, head_dim)
+        for name in (BASELINE, *(n for n in simple if n != BASELINE))
+    }
+    known |= {name: partial(make, width, head_dim) for name, make in PEERS.items()}
+    for name in only or ():
+        if name not in known:
+            raise SystemExit(f"no mixer or peer {name!r}. Known: {', '.join(known)}.")
+    return {name: make for name, make in known.items() if not only or name in (BASELINE, *only)}
+
+
+def _ours(name: str, width: int, head_dim: int) -> TokenMixer:
+    fields = mixer_entry(name).config.__dataclass_fields__
+    heads = {"num_heads": width // head_dim} if "num_heads" in fields else {}
+    torch.manual_seed(0)
+    return build_mixer({"type": name, "d_model": width, **heads, **SETTINGS.get(name, {})})
+
+
+class _Peer(nn.Module):
+    """A layer of transformers: called with (B, T, M) it returns (B, T, M)."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.layer(x)
+        return out[0] if isinstance(out, tuple) else out
+
+
+def _mamba(width: int, head_dim: int) -> nn.Module:
+    module = importlib.import_module("transformers.models.mamba.modeling_mamba")
+    config = module.MambaConfig(hidden_size=width, num_hidden_layers=1, vocab_size=8)
+    return _Peer(module.MambaMixer(config, layer_idx=0))
+
+
+def _mamba2(width: int, head_dim: int) -> nn.Module:
+    module = importlib.import_module("transformers.models.mamba2.modeling_mamba2")
+    config = module.Mamba2Config(
+        hidden_size=width,
+        num_heads=2 * width // head_dim,
+        head_dim=head_dim,
+        n_groups=1,
+        num_hidden_layers=1,
+        vocab_size=8,
+    )
+    return _Peer(module.Mamba2Mixer(config, layer_idx=0))
+
+
+def _gated_delta_net(width: int, head_dim: int) -> nn.Module:
+    module = importlib.import_module("transformers.models.qwen3_next.modeling_qwen3_next")
+    heads = width // head_dim
+    config = module.Qwen3NextConfig(
+        hidden_size=width,
+        linear_num_key_heads=heads,
+        linear_num_value_heads=heads,
+        linear_key_head_dim=head_dim,
+        linear_value_head_dim=head_dim,
+        num_hidden_layers=1,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        vocab_size=8,
+    )
+    return _Peer(module.Qwen3NextGatedDeltaNet(config, layer_idx=0))
+
+
+PEERS: dict[str, Callable[[int, int], nn.Module]] = {
+    "transformers Mamba": _mamba,
+    "transformers Mamba-2": _mamba2,
+    "transformers Gated DeltaNet": _gated_delta_net,
+}
+# Its backward pass takes time quadratic in T: 14 s for 512 tokens.
+LONGEST = {("transformers Mamba", "forward+backward"): 256}
+
+
+# ------------------------------------------------------------------------------------- parallel and decode
+
+
+def _parallel(
+    layers: Mapping[str, nn.Module], dtype: str, lengths: Sequence[int], device: torch.device, options: Any
+) -> Iterator[Row]:
+    """Forward, and forward with backward, at each length."""
+    width = layers[BASELINE].d_model
+    seconds: dict[tuple[str, str], float] = {}
+    gib: dict[tuple[str, str], float] = {}
+    last = 0
+    for length in lengths:
+        x = torch.randn(1, length, width, device=device)
+        x = x.to(getattr(torch, dtype))
+        for mode in MODES:
+            calls = {}
+            for name, layer in layers.items():
+                row = {"mixer": name, "dtype": dtype, "tokens": length, "mode": mode}
+                reason = _too_much(name, mode, length, last, seconds, gib, options)
+                if reason is not None:
+                    yield {**row, "skipped": reason}
+                else:
+                    calls[name] = _call(layer, x, mode)
+            times = common.time_interleaved(
+                calls, device=device, budget_s=options.budget, warmup=1, min_repeats=2, max_repeats=12
+            )
+            for name, taken in times.items():
+                peak = common.peak_memory(calls[name], device)
+                seconds[name, mode] = taken["median_ms"] / 1e3
+                gib[name, mode] = 0.0 if peak is None else peak / 2**30
+                yield {
+                    "mixer": name,
+                    "dtype": dtype,
+                    "tokens": length,
+                    "mode": mode,
+                    **taken,
+                    "tokens_per_second": 1e3 * length / taken["median_ms"],
+                    "speed_over_attention": times[BASELINE]["median_ms"] / taken["median_ms"]
+                    if BASELINE in times
+                    else None,
+                    "peak_mib": None if peak is None else peak / 2**20,
+                }
+        last = length
+
+
+def _too_much(
+    name: str,
+    mode: str,
+    length: int,
+    last: int,
+    seconds: Mapping[tuple[str, str], float],
+    gib: Mapping[tuple[str, str], float],
+    options: Any,
+) -> str | None:
+    """Why a call is left out, or None; full attention grows with the square of the length."""
+    longest = LONGEST.get((name, mode))
+    if longest is not None and length > longest:
+        return f"time quadratic in the length, measured up to {longest} tokens only"
+    if not last:
+        return None
+    if (name, mode) not in seconds:
+        return f"left out at {last} tokens"
+    growth = length / last
+    expected = seconds[name, mode] * growth ** (2 if name == BASELINE else 1)
+    if expected > options.max_seconds:
+        return f"about {expected:.0f} s expected, limit {options.max_seconds:g}"
+    if gib[name, mode] * growth > options.max_gib:
+        return f"about {gib[name, mode] * growth:.0f} GiB expected, limit {options.max_gib:g}"
+    return None
+
+
+def _output(layer: nn.Module, x: Tensor) -> Tensor:
+    out = layer(x)
+    return out.hidden if isinstance(layer, TokenMixer) else out
+
+
+def _call(layer: nn.Module, x: Tensor, mode: str) -> Callable[[], object]:
+    if mode == "forward":
+
+        def forward() -> None:
+            with torch.no_grad():
+                _output(layer, x)
+
+        return forward
+    inputs = [x.clone().requires_grad_(), *(p for p in layer.parameters() if p.requires_grad)]
+
+    def both() -> None:
+        out = _output(layer, inputs[0])
+        torch.autograd.grad(out, inputs, torch.ones_like(out), allow_unused=True)
+
+    return both
+
+
+@torch.no_grad()
+def _decode(
+    layers: Mapping[str, nn.Module], dtype: str, contexts: Sequence[int], device: torch.device, options: Any
+) -> Iterator[Row]:
+    """One token after each context; long ones only where the state does not grow."""
+    functions: dict[str, Callable[[], object]] = {}
+    described: dict[str, Row] = {}
+    for name, layer in layers.items():
+        if not isinstance(layer, TokenMixer):
+            continue
+        is_constant = layer.state_num_bytes(contexts[-1]) == layer.state_num_bytes(contexts[0])
+        state, seen = None, 0
+        for context in contexts if is_constant else contexts[:1]:
+            while seen < context:
+                x = torch.randn(1, min(PIECE, context - seen), layer.d_model, device=device)
+                state = layer(x.to(getattr(torch, dtype)), state, return_state=True).state
+                seen += x.shape[1]
+            assert state is not None
+            key = f"{name}\n{context}"
+            token = torch.randn(1, layer.d_model, device=device).to(getattr(torch, dtype))
+            functions[key] = partial(layer.step, token, state)
+            described[key] = {
+                "mixer": name,
+                "dtype": dtype,
+                "tokens": context,
+                "mode": "decode",
+                "state_bytes": state.num_bytes(),
+                "is_constant": is_constant,
+            }
+    times = common.time_interleaved(
+        functions, device=device, budget_s=min(options.budget, 0.5), max_repeats=200, wall_clock=True
+    )
+    for key, taken in times.items():
+        yield {**described[key], **taken}
+
+
+# ------------------------------------------------------------------------------------------------ wanted
+
+
+def checked(rows: Sequence[Row]) -> Iterator[dict[str, Any]]:
+    """What the project wants of these figures, each with the value found."""
+    ms = {(r["mixer"], r["dtype"], r["tokens"], r["mode"]): r["median_ms"] for r in rows}
+    both = MODES[1]
+
+    def check(what: str, value: float, bound: str, wanted: float) -> dict[str, Any]:
+        reached = value >= wanted if bound == "at least" else value <= wanted
+        return {"what": what, "value": value, "bound": bound, "wanted": wanted, "reached": reached}
+
+    for name, (other, dtype, wanted) in WANTED_AT_2K.items():
+        mine, theirs = ms.get((name, dtype, 2048, both)), ms.get((other, dtype, 2048, both))
+        if mine and theirs:
+            yield check(
+                f"speed of {name} over {other}, {dtype}, 2,048 tokens", theirs / mine, "at least", wanted
+            )
+    for name, wanted in WANTED_TOKENS_PER_SECOND.items():
+        if mine := ms.get((name, "float32", 2048, both)):
+            yield check(f"tokens/s of {name}, float32, 2,048 tokens", 2048e3 / mine, "at least", wanted)
+    constant = {row["mixer"] for row in rows if row.get("is_constant")}
+    for name in dict.fromkeys(row["mixer"] for row in rows if row["mixer"] in constant):
+        for dtype in DTYPES:
+            mine, theirs = ms.get((name, dtype, 8192, both)), ms.get((BASELINE, dtype, 8192, both))
+            if mine and theirs:
+                yield check(
+                    f"speed of {name} over {BASELINE}, {dtype}, 8,192 tokens", theirs / mine, "at least", 1.0
+                )
+            longer = ms.get((name, dtype, 32768, both))
+            if mine and longer:
+                yield check(
+                    f"time of {name}, {dtype}, 32,768 over 8,192 tokens",
+                    longer / mine,
+                    "at most",
+                    MOST_GROWTH,
+                )
+            short, long = (ms.get((name, dtype, context, "decode")) for context in CONTEXTS)
+            if short and long:
+                yield check(
+                    f"time of a token of {name}, {dtype}, after 65,536 over 1,024",
+                    long / short,
+                    "at most",
+                    MOST_DECODE_GROWTH,
+                )
+
+
+def _sentence(row: Row) -> str:
+    setting = f"{row['mixer']}, {row['mode']}, {row['tokens']} tokens, {row['dtype']}"
+    if "skipped" in row:
+        return f"{setting}: skipped, {row['skipped']}"
+    extra = "".join(
+        f", {label} {row[key]:.3g}"
+        for key, label in (
+            ("speed_over_attention", "x attention"),
+            ("peak_mib", "MiB"),
+            ("state_bytes", "bytes"),
+        )
+        if row.get(key) is not None
+    )
+    return f"{setting}: {row['median_ms']:.4g} ms [{row['p10_ms']:.4g} .. {row['p90_ms']:.4g}]{extra}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

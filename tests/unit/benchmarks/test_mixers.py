@@ -1,0 +1,82 @@
+"""The benchmark of whole layers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from memzoo.records import read_record
+
+
+@pytest.mark.slow
+def test_the_quick_form_times_layers_beside_attention(tmp_path: Path) -> None:
+    import mixers
+
+    peer = "transformers Gated DeltaNet"
+    arguments = ["--quick", "--only", "linear_attention", "--only", peer, "--dtype", "float32"]
+    assert mixers.main([*arguments, "--records", str(tmp_path)]) == 0
+    results = read_record(tmp_path / "mixers.json")["results"]
+    timed = {(row["mixer"], row["mode"], row["tokens"]) for row in results["rows"]}
+    parallel = {(row[0], row[1]) for row in timed if row[1] != "decode"}
+    assert parallel == {
+        (name, mode) for name in ("attention", "linear_attention", peer) for mode in mixers.MODES
+    }
+    assert {row[0] for row in timed if row[1] == "decode"} == {"attention", "linear_attention"}
+    assert all(row["median_ms"] > 0 for row in results["rows"])
+    assert not results["skipped"]
+
+
+def test_figures_are_held_against_what_is_wanted() -> None:
+    import mixers
+
+    def row(
+        mixer: str, tokens: int, ms: float, mode: str = "forward+backward", **more: object
+    ) -> dict[str, object]:
+        return {"mixer": mixer, "dtype": "float32", "tokens": tokens, "mode": mode, "median_ms": ms, **more}
+
+    rows = [
+        row("attention", 8192, 100.0),
+        row("mamba2", 8192, 50.0),
+        row("mamba2", 32768, 250.0),
+        row("mamba2", 1024, 1.0, "decode", is_constant=True),
+        row("mamba2", 65536, 1.0, "decode", is_constant=True),
+        row("mamba1", 2048, 1024.0),
+    ]
+    found = {check["what"]: (check["value"], check["reached"]) for check in mixers.checked(rows)}
+    assert found == {
+        "tokens/s of mamba1, float32, 2,048 tokens": (2000.0, False),
+        "speed of mamba2 over attention, float32, 8,192 tokens": (2.0, True),
+        "time of mamba2, float32, 32,768 over 8,192 tokens": (5.0, False),
+        "time of a token of mamba2, float32, after 65,536 over 1,024": (1.0, True),
+    }
+
+
+def test_a_call_that_would_take_too_long_is_left_out_with_its_reason() -> None:
+    import argparse
+
+    import mixers
+
+    options = argparse.Namespace(max_seconds=10.0, max_gib=1.0)
+    seconds, gib = (
+        {("attention", "forward"): 1.0, ("mamba2", "forward"): 1.0},
+        {
+            ("attention", "forward"): 0.1,
+            ("mamba2", "forward"): 0.5,
+        },
+    )
+
+    def reason(name: str, length: int) -> str | None:
+        return mixers._too_much(name, "forward", length, 1024, seconds, gib, options)
+
+    assert reason("attention", 4096) == "about 16 s expected, limit 10"
+    assert reason("mamba2", 4096) == "about 2 GiB expected, limit 1"
+    assert reason("mamba2", 2048) is None
+    assert reason("based", 2048) == "left out at 1024 tokens"
+
+
+def test_an_unknown_name_is_an_error() -> None:
+    import mixers
+
+    with pytest.raises(SystemExit, match="no mixer or peer 'mamba9'"):
+        mixers.main(["--only", "mamba9"])
