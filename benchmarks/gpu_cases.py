@@ -24,7 +24,9 @@ from memzoo.kernels import (
     linear_attention,
     linear_cross_entropy,
     linear_divergence,
+    taylor_attention,
 )
+from memzoo.kernels.taylor_attention import num_features
 from memzoo.testing import ContractError, assert_close
 
 # Dimensions: B batch, T tokens, N sequences, P prefix slots, S sink or cache slots, H heads, D key width, E
@@ -275,6 +277,59 @@ def _linear(
     return Case("linear_attention", name, make, call, ("g", "memory", "normalizer"))
 
 
+# ------------------------------------------------------------------ Taylor attention
+
+
+def _taylor(
+    name: str,
+    *,
+    tokens: int = 0,
+    lengths: Sequence[int] | None = None,
+    batch: int = 2,
+    heads: tuple[int, int] = (2, 2),
+    widths: tuple[int, int] = (16, 32),
+    layout: str = "compact",
+    with_state: bool = False,
+    normalize: bool = True,
+) -> Case:
+    """A case of `taylor_attention`; heads of queries and of keys."""
+    num_rows, num_tokens, num_sequences = _rows(lengths, batch, tokens)
+
+    def make(generator: torch.Generator) -> Tensors:
+        made = {
+            "q": _randn(generator, num_rows, num_tokens, heads[0], widths[0]),
+            "k": _randn(generator, num_rows, num_tokens, heads[1], widths[0]),
+            "v": _randn(generator, num_rows, num_tokens, heads[1], widths[1]),
+        }
+        if with_state:
+            features = num_features(widths[0], layout)
+            made["memory"] = _randn(generator, num_sequences, heads[1], features, widths[1])
+            if normalize:
+                # as after many keys: the constant feature counts them, and no query brings the sum near zero
+                made["normalizer"] = 0.25 * _randn(generator, num_sequences, heads[1], features)
+                made["normalizer"][:, :, 0] += 256
+        return made
+
+    def call(tensors: Tensors, backend: str) -> Tensors:
+        state = LinearState(tensors["memory"], tensors.get("normalizer")) if with_state else None
+        out, new_state = taylor_attention(
+            tensors["q"],
+            tensors["k"],
+            tensors["v"],
+            layout=layout,
+            normalize=normalize,
+            initial_state=state,
+            return_state=True,
+            cu_seqlens=_bounds(lengths),
+            backend=backend,
+        )
+        assert new_state is not None
+        found = {"output": out, "memory": new_state.memory, "normalizer": new_state.normalizer}
+        return {key: tensor for key, tensor in found.items() if tensor is not None}
+
+    return Case("taylor_attention", name, make, call, ("memory", "normalizer"))
+
+
 # ------------------------------------------------------------------ the others
 
 
@@ -437,6 +492,11 @@ CASES: tuple[Case, ...] = (
     _linear("grouped values, decay per value head", tokens=65, heads=(2, 2, 4), decay_heads=4),
     _linear("packed, state", lengths=(37, 0, 1, 64, 20), with_state=True),
     _linear("packed, decay, state", lengths=(37, 0, 1, 64, 20), decay_heads=3, with_state=True),
+    _taylor("plain", tokens=70),
+    _taylor("grouped heads, state", tokens=45, heads=(4, 2), with_state=True),
+    _taylor("expanded, narrow heads, state", tokens=40, widths=(5, 19), layout="expanded", with_state=True),
+    _taylor("not normalised, packed, state", lengths=(33, 0, 1, 20), normalize=False, with_state=True),
+    _taylor("one token, state", tokens=1, batch=3, with_state=True),
     _conv("plain", tokens=70),
     _conv("bias, silu, tail", tokens=70, with_bias=True, with_tail=True, activation="silu"),
     _conv("one token, tail", tokens=1, kernel=3, with_tail=True),

@@ -6,6 +6,7 @@ from .causal_conv import causal_conv
 from .layout import ChunkLayout, sequence_lengths
 from .linear_attention import LinearState, linear_attention
 from .linear_cross_entropy import linear_cross_entropy, linear_divergence
+from .taylor_attention import taylor_attention
 
 __all__ = [
     "AttentionOutput",
@@ -20,5 +21,6 @@ __all__ = [
     "linear_cross_entropy",
     "linear_divergence",
     "sequence_lengths",
+    "taylor_attention",
     "use_backend",
 ]

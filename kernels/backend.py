@@ -8,6 +8,7 @@ They are marked *untested until a GPU record agrees* in the operation that calls
 import difflib
 import importlib
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -24,8 +25,9 @@ OPERATIONS: dict[str, tuple[str, ...]] = {
     "linear_attention": ("reference", "torch", "fla"),
     "linear_cross_entropy": ("reference", "torch"),
     "linear_divergence": ("reference", "torch"),
+    "taylor_attention": ("reference", "torch", "triton"),
 }
-_EXTERNAL_MODULES = {"flash_attn": "flash_attn", "fla": "fla.ops.simple_gla"}
+_EXTERNAL_MODULES = {"flash_attn": "flash_attn", "fla": "fla.ops.simple_gla", "triton": "triton"}
 _forced: list[str] = []
 _logged: set[tuple[str, str]] = set()
 
@@ -40,9 +42,17 @@ def _imports(module: str) -> bool:
     return True
 
 
+def is_triton_interpreted() -> bool:
+    """Whether Triton kernels run on the CPU, in its interpreter: TRITON_INTERPRET=1 before its import."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
 def _usable(backend: str) -> bool:
     module = _EXTERNAL_MODULES.get(backend)
-    return module is None or (torch.cuda.is_available() and _imports(module))
+    if module is None:
+        return True
+    has_device = torch.cuda.is_available() or (backend == "triton" and is_triton_interpreted())
+    return has_device and _imports(module)
 
 
 def _suggest(name: str, known: tuple[str, ...]) -> str:
@@ -55,7 +65,7 @@ def available_backends(op: str) -> tuple[str, ...]:
 
     Args:
         op: name of an operation: "attention", "causal_conv", "decode_attention", "linear_attention",
-            "linear_cross_entropy" or "linear_divergence".
+            "linear_cross_entropy", "linear_divergence" or "taylor_attention".
 
     Returns:
         Names, "reference" first. External kernels are listed only when they import and CUDA is available.
@@ -79,7 +89,7 @@ def use_backend(name: str) -> Iterator[None]:
     the block.
 
     Args:
-        name: "auto", "reference", "torch", "sdpa", "flash_attn" or "fla".
+        name: "auto", "reference", "torch", "sdpa", "flash_attn", "fla" or "triton".
 
     Raises:
         ValueError: no operation has a backend of this name, or it cannot run on this machine.

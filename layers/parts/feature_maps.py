@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...kernels.autograd import without_autocast
+from ...kernels.taylor_attention import num_features, taylor_features
 from ..contract import check_choice, suggest, tag_parameter
 
 # Dimensions: H heads, D width of a raw head (d in formulas), K features, F width of a projection, G group
@@ -244,12 +245,10 @@ class Taylor(FeatureMap):
     scales_inside = True
 
     def __init__(self, head_dim: int) -> None:
-        super().__init__(head_dim, 1 + head_dim + head_dim**2)
+        super().__init__(head_dim, num_features(head_dim, "expanded"))
 
     def _features(self, x: Tensor) -> Tensor:
-        d = self.head_dim
-        products = (x[..., :, None] * x[..., None, :]).flatten(-2) / math.sqrt(2 * d)
-        return torch.cat([torch.ones_like(x[..., :1]), x / d**0.25, products], dim=-1)
+        return taylor_features(x, "expanded")
 
 
 class TaylorCompact(FeatureMap):
@@ -261,14 +260,10 @@ class TaylorCompact(FeatureMap):
     scales_inside = True
 
     def __init__(self, head_dim: int) -> None:
-        super().__init__(head_dim, 1 + head_dim + head_dim * (head_dim + 1) // 2)
+        super().__init__(head_dim, num_features(head_dim, "compact"))
 
     def _features(self, x: Tensor) -> Tensor:
-        d = self.head_dim
-        squares = x.square() / math.sqrt(2 * d)
-        return torch.cat(
-            [torch.ones_like(x[..., :1]), x / d**0.25, squares, _pairs(x) / math.sqrt(d)], dim=-1
-        )
+        return taylor_features(x, "compact")
 
 
 _MAPS: dict[str, type[FeatureMap]] = {
