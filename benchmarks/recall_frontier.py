@@ -1,0 +1,216 @@
+"""Recall against the size of the state: MQAR with mixers whose memory grows step by step.
+
+    python benchmarks/recall_frontier.py                       every mixer that is registered, three seeds
+    python benchmarks/recall_frontier.py --only based          one mixer (and full attention)
+    python benchmarks/recall_frontier.py --quick               to try the script
+
+The model of the BASED paper's study (arXiv 2402.18668, figure 2): two blocks without MLP, a short
+convolution and the mixer, width 64. Each point is trained on the same fresh examples with each rate of
+`RATES`; the better one by its validation counts, and is tested on 1,000 examples that no training has seen.
+A point that is done is kept in `runs/recall_frontier`, so that a run that was stopped goes on with the next.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import common
+import torch
+from lightning.pytorch import Trainer, seed_everything
+
+from memzoo.layers import build_mixer, list_mixers
+from memzoo.models.config import ModelConfig
+from memzoo.models.decoder import MemoryLM
+from memzoo.records import write_text_atomically
+from memzoo.train.data.mqar import MQARConfig
+from memzoo.train.data.mqar_module import MQARDataModule, MQARSegment
+from memzoo.train.evaluate import recall_on_mqar
+from memzoo.train.modules import LanguageModelModule
+from memzoo.train.optim import OptimizerConfig
+
+NAME = "recall_frontier"
+WORK = Path("runs") / NAME
+TEST_SEED = 2**32 - 1
+D_MODEL = 64
+RATES = (0.003, 0.01)
+BASELINE = "attention"
+# mixer -> settings in order of the size of their state
+POINTS: dict[str, list[dict[str, Any]]] = {
+    BASELINE: [{"num_heads": 1}],
+    "sliding_window": [{"num_heads": 1, "window_size": size} for size in (8, 16, 32, 64)],
+    "based": [{"num_heads": 1, "feature_dim": size} for size in (4, 8, 16)],
+    "gla": [{"num_heads": 1, "head_dim": size, "value_dim": D_MODEL} for size in (8, 16, 32)],
+    "gated_delta_net": [{"num_heads": 1, "head_dim": size, "value_dim": D_MODEL} for size in (8, 16, 32)],
+    "mamba2": [{"d_state": size} for size in (8, 16, 32)],
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """The task and its training.
+
+    Attributes:
+        vocab_size, input_seq_len, num_kv_pairs: of the examples.
+        batch_size, steps: of a run.
+        num_tests: examples of a test.
+    """
+
+    vocab_size: int = 512
+    input_seq_len: int = 128
+    num_kv_pairs: int = 16
+    batch_size: int = 32
+    steps: int = 400
+    num_tests: int = 1000
+
+
+QUICK = Sizes(vocab_size=64, input_seq_len=32, num_kv_pairs=4, batch_size=4, steps=3, num_tests=20)
+
+
+def model_config(mixer: str, settings: Mapping[str, Any], sizes: Sizes) -> ModelConfig:
+    """Short convolution, then the mixer; no MLP."""
+    return ModelConfig(
+        vocab_size=sizes.vocab_size,
+        d_model=D_MODEL,
+        layers=[{"type": "base_conv", "conv_size": 3}, {"type": mixer, **settings}],
+        norm="layer",
+        initializer_range=0.125,
+        tie_embeddings=True,
+    )
+
+
+def train_once(config: ModelConfig, rate: float, seed: int, sizes: Sizes, device: str) -> dict[str, Any]:
+    """Train one model; accuracy on validation and test examples."""
+    seed_everything(seed, verbose=False)
+    optimizer = OptimizerConfig(lr=rate, weight_decay=0.1, warmup_steps=sizes.steps // 10, min_lr_ratio=0.0)
+    module = LanguageModelModule(config, optimizer, mixer_init_scale=1.0)
+    segment = MQARSegment(
+        input_seq_len=sizes.input_seq_len,
+        num_kv_pairs=sizes.num_kv_pairs,
+        num_examples=sizes.steps * sizes.batch_size,
+    )
+    data = MQARDataModule(
+        vocab_size=sizes.vocab_size, train_segments=[segment], batch_size=sizes.batch_size, seed=seed
+    )
+    begin = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        Trainer(
+            accelerator="gpu" if device.startswith("cuda") else "cpu",
+            devices=1,
+            max_epochs=1,
+            gradient_clip_val=1.0,
+            limit_val_batches=0,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            default_root_dir=folder,
+        ).fit(module, datamodule=data)
+    seconds = time.perf_counter() - begin
+    model = module.model.to(device).eval()
+    accuracy = {
+        split: recall_on_mqar(model, _examples(sizes, number))["accuracy"]
+        for split, number in (("validation", TEST_SEED - 1), ("test", TEST_SEED))
+    }
+    return {"rate": rate, "seconds": seconds, **accuracy}
+
+
+def _examples(sizes: Sizes, seed: int) -> MQARConfig:
+    return MQARConfig(
+        vocab_size=sizes.vocab_size,
+        input_seq_len=sizes.input_seq_len,
+        num_kv_pairs=sizes.num_kv_pairs,
+        num_examples=sizes.num_tests,
+        seed=seed,
+    )
+
+
+def point(mixer: str, settings: Mapping[str, Any], seed: int, sizes: Sizes, options: Any) -> dict[str, Any]:
+    """One point of the frontier, from its file where it has been done."""
+    config = model_config(mixer, settings, sizes)
+    asked = {"config": config.to_dict(), "sizes": asdict(sizes), "rates": options.rates, "seed": seed}
+    digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+    path = Path(options.work, f"{mixer}-{digest[:16]}.json")
+    if path.is_file():
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    runs = [train_once(config, rate, seed, sizes, str(options.device)) for rate in options.rates]
+    best = max(runs, key=lambda run: run["validation"])
+    with torch.device("meta"):
+        num_parameters = MemoryLM(config).num_parameters()
+        memory = build_mixer({"type": mixer, "d_model": D_MODEL, **settings})
+    found = {
+        "mixer": mixer,
+        "settings": dict(settings),
+        "seed": seed,
+        "state_bytes": memory.state_num_bytes(sizes.input_seq_len),
+        "parameters": num_parameters,
+        "accuracy": best["test"],
+        "runs": runs,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text_atomically(path, json.dumps(found, indent=1))
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Train what is missing, write the record after every point, print a table."""
+    options_of = common.parser("Recall against the size of the state.")
+    options_of.add_argument(
+        "--only", action="append", choices=list(POINTS), help="this mixer (may be repeated)"
+    )
+    options_of.add_argument("--seeds", type=int, default=3, help="seeds per point (default: %(default)s)")
+    options_of.add_argument("--rates", type=float, nargs="+", default=RATES, help="learning rates to try")
+    options_of.add_argument("--work", type=Path, default=WORK, help="folder of finished points")
+    options = options_of.parse_args(arguments)
+    options.rates = list(options.rates)
+    common.prepare(options)
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="lightning")
+    sizes = QUICK if options.quick else Sizes()
+    chosen = [name for name in POINTS if not options.only or name in (BASELINE, *options.only)]
+    missing = [name for name in chosen if name not in list_mixers()]
+    asked = [
+        (name, settings, seed)
+        for name in chosen
+        if name not in missing
+        for settings in (POINTS[name][:1] if options.quick else POINTS[name])
+        for seed in range(1 if options.quick else options.seeds)
+    ]
+    described = {
+        "sizes": asdict(sizes),
+        "rates": options.rates,
+        "points": {name: POINTS[name] for name in chosen},
+        "not_registered": missing,
+        "threads": torch.get_num_threads(),
+        "device": str(options.device),
+    }
+    points: list[dict[str, Any]] = []
+    for index, (name, settings, seed) in enumerate(asked, start=1):
+        points.append(point(name, settings, seed, sizes, options))
+        found = points[-1]
+        spent = sum(run["seconds"] for run in found["runs"])
+        print(
+            f"[{index}/{len(asked)}] {name} {settings}, seed {seed}: {found['accuracy']:.3f} with "
+            f"{found['state_bytes']:,} bytes, {spent:.0f} s",
+            flush=True,
+        )
+        common.save(options, NAME, described, {"points": points})
+    rows = [
+        (f"{found['mixer']} {found['settings']}", found["seed"], found["state_bytes"], found["accuracy"])
+        for found in points
+    ]
+    print(common.table(rows, ("mixer", "seed", "state bytes", "accuracy")))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
