@@ -63,7 +63,7 @@ def swap(model: PreTrainedModel, mixers: Mapping[int, Mapping[str, Any] | MixerC
         attention = cast(nn.Module, layers[index].self_attn)
         weights, own = attention.state_dict(), mixer.state_dict()
         taken = {
-            name: origin.read(weights)
+            name: origin.fill(own[name], weights)[0]
             for name, origin in weight_map(source.mixers[index], mixer.config).items()
         }
         mixer.load_state_dict({**own, **taken})

@@ -12,13 +12,14 @@ from .plan import (
 )
 from .surgery import Check, ParityReport, check_parity, convert_mixers, layer_errors, relative_error
 from .switches import memory_off, other_mixers
-from .weight_maps import WeightSource, expand_gqa, register_weight_map, weight_map
+from .weight_maps import StackedSource, WeightSource, expand_gqa, register_weight_map, weight_map
 
 __all__ = [
     "Check",
     "ConversionPlan",
     "LayerSelection",
     "ParityReport",
+    "StackedSource",
     "WeightSource",
     "check_parity",
     "complete_entry",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -44,7 +45,8 @@ class ParityReport:
     Attributes:
         layers: blocks whose mixer was replaced.
         num_copied: parameters (numbers) taken over from the source.
-        new_parameters: name -> shape of every parameter that the source does not have.
+        new_parameters: name -> shape of every parameter that the source does not have; of one that is taken
+            over in part, the rows that are not.
         dropped: names of source parameters that the new mixers do not have.
         expanded: names of parameters whose key/value heads were repeated (grouped queries).
         layer_errors: relative squared error of each replaced mixer's output, teacher-forced, before any
@@ -63,7 +65,7 @@ class ParityReport:
     @property
     def num_new(self) -> int:
         """Numbers in the new parameters."""
-        return sum(int(torch.tensor(shape).prod()) for shape in self.new_parameters.values())
+        return sum(math.prod(shape) for shape in self.new_parameters.values())
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for a JSON record."""
@@ -228,6 +230,7 @@ def _copy_weights(source: MemoryLM, student: MemoryLM, layers: Sequence[int]) ->
     old, new = source.state_dict(), student.state_dict()
     taken: dict[str, Tensor] = {}
     expanded: list[str] = []
+    rows: dict[str, int] = {}  # of parameters that are taken over in part: rows that are not
     used: set[str] = set()
     for name in new:
         part = _REPLACED.fullmatch(name)
@@ -238,15 +241,22 @@ def _copy_weights(source: MemoryLM, student: MemoryLM, layers: Sequence[int]) ->
         prefix = f"layers.{index}.mixer."
         weights = {name.removeprefix(prefix): old[name] for name in old if name.startswith(prefix)}
         for name, origin in weight_map(source.config.mixers[index], student.config.mixers[index]).items():
-            taken[prefix + name] = origin.read(weights)
-            used.add(prefix + origin.name)
-            if origin.groups > 1:
+            taken[prefix + name], num_fresh = origin.fill(new[prefix + name], weights)
+            if num_fresh:
+                rows[prefix + name] = num_fresh
+            used.update(prefix + read for read in origin.names)
+            if origin.has_repeats:
                 expanded.append(prefix + name)
-    fresh = {name: tuple(tensor.shape) for name, tensor in new.items() if name not in taken}
+    fresh = {
+        name: (rows[name], *tensor.shape[1:]) if name in rows else tuple(tensor.shape)
+        for name, tensor in new.items()
+        if name not in taken or name in rows
+    }
     student.load_state_dict({**new, **taken})
+    num_taken = sum(tensor.numel() for tensor in taken.values())
     return ParityReport(
         layers=list(layers),
-        num_copied=sum(tensor.numel() for tensor in taken.values()),
+        num_copied=num_taken - sum(math.prod(fresh[name]) for name in rows),
         new_parameters=fresh,
         dropped=sorted(set(old) - used),
         expanded=expanded,

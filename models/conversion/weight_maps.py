@@ -21,7 +21,7 @@ from ...layers.registry import build_mixer
 _INSIDE = re.compile(r"^(mixers\.\d+\.)+")
 _PER_KEY_HEAD = re.compile(r"(k_proj|v_proj)\.(weight|bias)")
 
-WeightMap = Callable[[MixerConfig, MixerConfig], "dict[str, WeightSource]"]
+WeightMap = Callable[[MixerConfig, MixerConfig], "Mapping[str, WeightSource | StackedSource]"]
 _WEIGHT_MAPS: dict[str, WeightMap] = {}
 
 
@@ -39,13 +39,68 @@ class WeightSource:
     num_kv_heads: int = 1
     groups: int = 1
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Parameters that are read."""
+        return (self.name,)
+
+    @property
+    def has_repeats(self) -> bool:
+        """Whether heads are repeated."""
+        return self.groups > 1
+
     def read(self, weights: Mapping[str, Tensor]) -> Tensor:
         """The values, from the parameters of the mixer that is replaced."""
         weight = weights[self.name]
         return weight if self.groups == 1 else expand_gqa(weight, self.num_kv_heads, self.groups)
 
+    def fill(self, fresh: Tensor, weights: Mapping[str, Tensor]) -> tuple[Tensor, int]:
+        """The parameter in place of a freshly initialised one, and how many of its rows are still fresh."""
+        return self.read(weights), 0
 
-def weight_map(source: MixerConfig, target: MixerConfig) -> dict[str, WeightSource]:
+
+@dataclass(frozen=True)
+class StackedSource:
+    """Where the rows of a fused projection come from; rows that are not listed keep their initialisation.
+
+    Attributes:
+        parts: first row -> where the rows from there on come from.
+    """
+
+    parts: Mapping[int, WeightSource]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Parameters that are read."""
+        return tuple(source.name for source in self.parts.values())
+
+    @property
+    def has_repeats(self) -> bool:
+        """Whether heads are repeated in any part."""
+        return any(source.has_repeats for source in self.parts.values())
+
+    def fill(self, fresh: Tensor, weights: Mapping[str, Tensor]) -> tuple[Tensor, int]:
+        """The parameter in place of a freshly initialised one, and how many of its rows are still fresh.
+
+        Raises:
+            ValueError: a part that goes beyond the parameter, or has rows of another width.
+        """
+        filled, num_fresh = fresh.clone(), fresh.shape[0]
+        for first, source in self.parts.items():
+            rows = source.read(weights)
+            place = filled[first : first + len(rows)]
+            if place.shape != rows.shape:
+                raise ValueError(
+                    f"{source.name} gives rows {tuple(rows.shape)}, for which a parameter "
+                    f"{tuple(fresh.shape)} has {tuple(place.shape)} from row {first} on. "
+                    "Correct the weight map."
+                )
+            place.copy_(rows)
+            num_fresh -= len(rows)
+        return filled, num_fresh
+
+
+def weight_map(source: MixerConfig, target: MixerConfig) -> dict[str, WeightSource | StackedSource]:
     """Parameter of the new mixer -> where it comes from; parameters that are not listed are new.
 
     Args:
@@ -53,10 +108,10 @@ def weight_map(source: MixerConfig, target: MixerConfig) -> dict[str, WeightSour
         target: config of the new mixer.
     """
     if target.type in _WEIGHT_MAPS:
-        return _WEIGHT_MAPS[target.type](source, target)
+        return dict(_WEIGHT_MAPS[target.type](source, target))
     with torch.device("meta"):
         old, new = build_mixer(source).state_dict(), build_mixer(target).state_dict()
-    found = {}
+    found: dict[str, WeightSource | StackedSource] = {}
     for name, tensor in new.items():
         base = _INSIDE.sub("", name)
         if base not in old:

@@ -509,7 +509,9 @@ def test_shipped_recipes_run(source: Path, tmp_path: Path, name: str) -> None:
     assert recipe.seed == 3
     check_recipe(recipe, folder_reader.read_model_config(source))
     assert control_plan(recipe).target["num_sinks"] == recipe.target["num_sinks"]
-    found = convert(source, tmp_path, recipe)
+    # the text of this test is shorter than those of the recipes
+    short = [replace(stage, seq_len=min(stage.seq_len, 1024)) for stage in recipe.all_stages]
+    found = convert(source, tmp_path, replace(recipe, stages=short))
     assert [facts.steps for facts in found["hybrid"].stages] == [1] * len(stages)
     assert found["control"].num_tokens == found["hybrid"].num_tokens
 

@@ -20,6 +20,7 @@ from ...models.config import ModelConfig
 from ...models.conversion import (
     ConversionPlan,
     LayerSelection,
+    StackedSource,
     converted_config,
     memory_off,
     weight_map,
@@ -416,13 +417,12 @@ def _check_effect(stage: Stage, source: ModelConfig, hybrid: MemoryLM, layers: S
     kind = next(iter(mixers.values())).config.type
     if stage.window_dropout and not any("window_size" in mixer.overridable for mixer in mixers.values()):
         raise ValueError(f"{where}: window_dropout has no effect, {kind} has no window. Leave it out.")
-    if stage.train == "new" and stage.steps:
-        known = {index: weight_map(source.mixers[index], mixer.config) for index, mixer in mixers.items()}
-        if all(set(mixer.state_dict()) <= set(known[index]) for index, mixer in mixers.items()):
-            raise ValueError(
-                f"{where}: train=new has nothing to train: every parameter of {kind} is taken over from the "
-                "source. Use mixers."
-            )
+    has_new = any(_has_new(source, index, mixer) for index, mixer in mixers.items())
+    if stage.train == "new" and stage.steps and not has_new:
+        raise ValueError(
+            f"{where}: train=new has nothing to train: every parameter of {kind} is taken over from the "
+            "source. Use mixers."
+        )
     if "attn_out" in stage.loss:
         for index, mixer in mixers.items():
             old = build_mixer(source.mixers[index]).to("meta")
@@ -432,6 +432,12 @@ def _check_effect(stage: Stage, source: ModelConfig, hybrid: MemoryLM, layers: S
                     f"{where}: the loss attn_out compares heads before their projection, which {kind} in the "
                     f"place of {old.config.type} (layer {index}) does not have alike. Use mixer_out."
                 )
+
+
+def _has_new(source: ModelConfig, index: int, mixer: TokenMixer) -> bool:
+    """Whether a new mixer has parameters, or rows of them, that it does not take over."""
+    known = weight_map(source.mixers[index], mixer.config)
+    return any(name not in known or isinstance(known[name], StackedSource) for name in mixer.state_dict())
 
 
 def _heads(mixer: TokenMixer) -> torch.Size | None:

@@ -9,8 +9,11 @@ from memzoo.models.config import ModelConfig
 from memzoo.models.conversion import (
     ConversionPlan,
     LayerSelection,
+    StackedSource,
+    WeightSource,
     check_parity,
     convert_mixers,
+    expand_gqa,
     memory_off,
     other_mixers,
     register_weight_map,
@@ -189,6 +192,28 @@ def test_a_mixer_may_bring_its_own_map(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(weights[0]["layers.2.mixer.q_proj.weight"], weights[1]["layers.2.mixer.o_proj.weight"])
     assert "layers.2.mixer.k_proj.weight" in report.new_parameters
     assert "layers.2.mixer.k_proj.weight" in report.dropped
+
+
+def test_rows_of_a_fused_projection_come_from_several_sources(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of queries and of repeated keys; the rest keeps its initialisation and counts as new."""
+    source = teacher()
+    monkeypatch.setattr("memzoo.models.conversion.weight_maps._WEIGHT_MAPS", {})
+    parts = {4: WeightSource("q_proj.weight"), 30: WeightSource("k_proj.weight", 2, 2)}
+    register_weight_map("base_conv", lambda old, new: {"in_proj.weight": StackedSource(parts)})
+    student, report = convert(source, {"type": "base_conv"}, layers=[1])
+    weight, old = student.blocks[1].mixer.in_proj.weight, source.blocks[1].mixer
+    q, k = old.q_proj.weight, expand_gqa(old.k_proj.weight, 2, 2)
+    assert torch.equal(weight[4:28], q)
+    assert torch.equal(weight[30:54], k)
+    name = "layers.1.mixer.in_proj.weight"
+    assert report.new_parameters[name] == (weight.shape[0] - 48, 24)
+    assert name in report.expanded
+    assert not {f"layers.1.mixer.{old}.weight" for old in ("q_proj", "k_proj")} & set(report.dropped)
+    total = sum(parameter.numel() for parameter in student.parameters())
+    assert report.num_copied + report.num_new == total
+    parts[weight.shape[0] - 3] = WeightSource("q_proj.weight")
+    with pytest.raises(ValueError, match="Correct the weight map"):
+        convert(source, {"type": "base_conv"}, layers=[1])
 
 
 def test_memory_off_silences_what_is_nothing_but_a_memory() -> None:
