@@ -24,6 +24,7 @@ from memzoo.kernels import (
     linear_attention,
     linear_cross_entropy,
     linear_divergence,
+    selective_scan,
     taylor_attention,
 )
 from memzoo.kernels.taylor_attention import num_features
@@ -447,6 +448,53 @@ def _divergence(name: str, *, positions: int, vocab: tuple[int, int], chunk_size
     return Case("linear_divergence", name, make, call)
 
 
+# ------------------------------------------------------------------ selective scan
+
+
+def _scan(
+    name: str,
+    *,
+    tokens: int = 0,
+    lengths: Sequence[int] | None = None,
+    batch: int = 2,
+    channels: int = 24,
+    size: int = 16,
+    groups: int = 1,
+    with_state: bool = False,
+    with_gate: bool = False,
+) -> Case:
+    num_rows, num_tokens, num_sequences = _rows(lengths, batch, tokens)
+
+    def make(generator: torch.Generator) -> Tensors:
+        made = {
+            "x": _randn(generator, num_rows, num_tokens, channels),
+            "delta": _randn(generator, num_rows, num_tokens, channels),
+            "A": -_randn(generator, channels, size).abs(),
+            "B": _randn(generator, num_rows, num_tokens, groups, size),
+            "C": _randn(generator, num_rows, num_tokens, groups, size),
+            "delta_bias": _randn(generator, channels),
+        }
+        if with_gate:
+            made["z"] = _randn(generator, num_rows, num_tokens, channels)
+            made["D"] = _randn(generator, channels)
+        if with_state:
+            made["initial_state"] = _randn(generator, num_sequences, channels, size)
+        return made
+
+    def call(tensors: Tensors, backend: str) -> Tensors:
+        y, state = selective_scan(
+            **tensors,
+            delta_softplus=True,
+            return_state=True,
+            cu_seqlens=_bounds(lengths),
+            backend=backend,
+        )
+        assert state is not None
+        return {"y": y, "state": state}
+
+    return Case("selective_scan", name, make, call, ("A", "D", "delta_bias", "initial_state"))
+
+
 CASES: tuple[Case, ...] = (
     _attention("causal", tokens=70),
     _attention("causal, grouped heads, statistics", tokens=130, heads=6, kv_heads=2, width=40, stats=True),
@@ -511,4 +559,9 @@ CASES: tuple[Case, ...] = (
     _divergence("one vocabulary", positions=70, vocab=(101, 101), chunk_size=16),
     _divergence("a larger teacher", positions=40, vocab=(96, 101), chunk_size=64),
     _divergence("a larger student", positions=40, vocab=(104, 101), chunk_size=13),
+    _scan("plain", tokens=70),
+    _scan("groups, skip and gate", tokens=33, groups=3, with_gate=True),
+    _scan("one token, state", tokens=1, with_state=True),
+    _scan("odd sizes, state", tokens=37, channels=5, size=3, with_state=True, with_gate=True),
+    _scan("packed, state", lengths=(17, 0, 1, 20), with_state=True),
 )

@@ -6,6 +6,7 @@ from .causal_conv import causal_conv
 from .layout import ChunkLayout, sequence_lengths
 from .linear_attention import LinearState, linear_attention
 from .linear_cross_entropy import linear_cross_entropy, linear_divergence
+from .selective_scan import selective_scan
 from .taylor_attention import taylor_attention
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "linear_attention",
     "linear_cross_entropy",
     "linear_divergence",
+    "selective_scan",
     "sequence_lengths",
     "taylor_attention",
     "use_backend",

@@ -25,9 +25,15 @@ OPERATIONS: dict[str, tuple[str, ...]] = {
     "linear_attention": ("reference", "torch", "fla"),
     "linear_cross_entropy": ("reference", "torch"),
     "linear_divergence": ("reference", "torch"),
+    "selective_scan": ("reference", "torch", "mamba_ssm"),
     "taylor_attention": ("reference", "torch", "triton"),
 }
-_EXTERNAL_MODULES = {"flash_attn": "flash_attn", "fla": "fla.ops.simple_gla", "triton": "triton"}
+_EXTERNAL_MODULES = {
+    "flash_attn": "flash_attn",
+    "fla": "fla.ops.simple_gla",
+    "mamba_ssm": "mamba_ssm.ops.selective_scan_interface",
+    "triton": "triton",
+}
 _forced: list[str] = []
 _logged: set[tuple[str, str]] = set()
 
@@ -65,7 +71,7 @@ def available_backends(op: str) -> tuple[str, ...]:
 
     Args:
         op: name of an operation: "attention", "causal_conv", "decode_attention", "linear_attention",
-            "linear_cross_entropy", "linear_divergence" or "taylor_attention".
+            "linear_cross_entropy", "linear_divergence", "selective_scan" or "taylor_attention".
 
     Returns:
         Names, "reference" first. External kernels are listed only when they import and CUDA is available.
@@ -89,7 +95,7 @@ def use_backend(name: str) -> Iterator[None]:
     the block.
 
     Args:
-        name: "auto", "reference", "torch", "sdpa", "flash_attn", "fla" or "triton".
+        name: "auto", "reference", "torch", "sdpa", "flash_attn", "fla", "mamba_ssm" or "triton".
 
     Raises:
         ValueError: no operation has a backend of this name, or it cannot run on this machine.

@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from memzoo.kernels import KVPrefix, LinearState, attention, linear_attention
+from memzoo.kernels import KVPrefix, LinearState, attention, linear_attention, selective_scan
 from memzoo.kernels.attention.external import attention_flash_attn, can_run_flash_attn
 from memzoo.kernels.linear_attention.external import can_run_fla, linear_attention_fla
+from memzoo.kernels.selective_scan.external import can_run_mamba_ssm, selective_scan_mamba_ssm
 from memzoo.testing import assert_close
 
 
@@ -147,10 +148,68 @@ def test_fla_gets_the_whole_call(monkeypatch: pytest.MonkeyPatch, with_state: bo
         assert nothing is None
 
 
-def test_neither_takes_tensors_of_the_cpu() -> None:
+def selective_scan_fn(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+    return_last_state: bool,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """(B, D, T) and (B, G, N, T): what mamba_ssm documents."""
+    y, state = selective_scan(
+        u.transpose(1, 2),
+        delta.transpose(1, 2),
+        A,
+        *(x if x.dim() == 2 else x.permute(0, 3, 1, 2) for x in (B, C)),
+        D=D,
+        z=None if z is None else z.transpose(1, 2),
+        delta_bias=delta_bias,
+        delta_softplus=delta_softplus,
+        return_state=True,
+        backend="reference",
+    )
+    return (y.transpose(1, 2), state) if return_last_state else y.transpose(1, 2)
+
+
+@pytest.mark.parametrize("is_constant", [False, True])
+def test_mamba_ssm_gets_the_whole_call(monkeypatch: pytest.MonkeyPatch, is_constant: bool) -> None:
+    module = types.ModuleType("mamba_ssm.ops.selective_scan_interface")
+    module.selective_scan_fn = selective_scan_fn
+    for name in ("mamba_ssm", "mamba_ssm.ops"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    monkeypatch.setitem(sys.modules, "mamba_ssm.ops.selective_scan_interface", module)
+    generator = torch.Generator().manual_seed(3)
+    x, delta, z = (torch.randn(2, 7, 4, generator=generator) for _ in range(3))
+    B, C = (torch.randn(2, 7, 2, 3, generator=generator) for _ in range(2))
+    A = -torch.rand(4, 3, generator=generator)
+    B = torch.randn(4, 3, generator=generator) if is_constant else B
+    D, bias = (torch.randn(4, generator=generator) for _ in range(2))
+    for skip, gate in ((D, z), (None, None)):
+        y, state = selective_scan_mamba_ssm(
+            x, delta, A, B, C, skip, gate, bias, delta_softplus=True, return_state=True
+        )
+        options = {"D": skip, "z": gate, "delta_bias": bias, "delta_softplus": True}
+        expected, expected_state = selective_scan(x, delta, A, B, C, **options, return_state=True)
+        assert_close("y", y, expected, 1e-5)
+        assert_close("state", state, expected_state, 1e-5)
+        without, nothing = selective_scan_mamba_ssm(
+            x, delta, A, B, C, skip, gate, bias, delta_softplus=True, return_state=False
+        )
+        assert torch.equal(without, y)
+        assert nothing is None
+
+
+def test_none_takes_tensors_of_the_cpu() -> None:
     q, _, v = (x.bfloat16() for x in heads(1, 4))
     assert not can_run_flash_attn(q, v)
     assert not can_run_fla(q, q, q, normalize=False)
+    assert not can_run_mamba_ssm(q[..., 0], torch.zeros(4, 3), has_state=False, is_packed=False)
 
 
 class OnCuda(torch.Tensor):
@@ -169,3 +228,10 @@ def test_each_takes_what_it_covers() -> None:
     assert not can_run_fla(k, k, v, normalize=True)
     assert not can_run_fla(q, k, v, normalize=False)
     assert not can_run_fla(k.float(), k.float(), v.float(), normalize=False)
+    x, A = torch.zeros(1, 4, 3).as_subclass(OnCuda), torch.zeros(3, 2)
+    assert can_run_mamba_ssm(x, A, has_state=False, is_packed=False)
+    assert not can_run_mamba_ssm(x, A, has_state=True, is_packed=False)
+    assert not can_run_mamba_ssm(x, A, has_state=False, is_packed=True)
+    assert not can_run_mamba_ssm(x.double(), A, has_state=False, is_packed=False)
+    assert not can_run_mamba_ssm(x[:, :0], A, has_state=False, is_packed=False)
+    assert not can_run_mamba_ssm(x, torch.zeros(3, 300), has_state=False, is_packed=False)
