@@ -61,6 +61,12 @@ SUBJECTS: dict[str, list[tuple[str, dict[str, Any]]]] = {
         ("terrace, window 64", {"type": "lolcats", **HEADS, "window": "terrace"}),
         ("memory off", {"type": "lolcats", **HEADS, "num_sinks": 4, "memory_enabled": False}),
     ],
+    "mamba": [
+        FULL,
+        ("`mamba1`", {"type": "mamba1", "d_model": 1024}),
+        ("`mamba2`", {"type": "mamba2", "d_model": 1024}),
+        ("`mamba2`, d_state 64", {"type": "mamba2", "d_model": 1024, "d_state": 64}),
+    ],
     "composites": [
         FULL,
         (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..contract.mixer import tag_parameter
@@ -31,3 +32,44 @@ class RMSNorm(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, eps={self.eps}"
+
+
+class GatedRMSNorm(nn.Module):
+    """RMS normalisation of groups of channels beside a gate, as in Mamba (arXiv 2405.21060).
+
+        gate first   norm(y silu(z)) * weight        norm first   norm(y) * weight * silu(z)
+
+    Args:
+        width: size of the last dimension.
+        num_groups: groups of neighbouring channels, each normalised on its own.
+        eps: added to the mean square.
+        norm_before_gate: whether the gate acts on what is normalised already.
+    """
+
+    def __init__(
+        self, width: int, num_groups: int = 1, eps: float = 1e-5, *, norm_before_gate: bool = False
+    ) -> None:
+        super().__init__()
+        self.num_groups = num_groups
+        self.eps = eps
+        self.norm_before_gate = norm_before_gate
+        self.weight = tag_parameter(nn.Parameter(torch.ones(width)), weight_decay=False)
+
+    def reset_parameters(self) -> None:
+        """Ones."""
+        nn.init.ones_(self.weight)
+
+    def forward(self, y: Tensor, z: Tensor) -> Tensor:
+        """Normalises and gates y (..., D) by z (..., D); the result has the dtype of z."""
+        wide = torch.float64 if z.dtype == torch.float64 else torch.float32
+        y, gate = y.to(wide), F.silu(z.to(wide))
+        y = y if self.norm_before_gate else y * gate
+        groups = y.unflatten(-1, (self.num_groups, -1))
+        groups = groups * torch.rsqrt(groups.square().mean(-1, keepdim=True) + self.eps)
+        y = groups.flatten(-2) * self.weight.to(wide)
+        return (y * gate if self.norm_before_gate else y).to(z.dtype)
+
+    def extra_repr(self) -> str:
+        """Sizes, for printing."""
+        order = "norm, gate" if self.norm_before_gate else "gate, norm"
+        return f"{self.weight.shape[0]}, groups={self.num_groups}, eps={self.eps}, order={order}"

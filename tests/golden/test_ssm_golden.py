@@ -7,7 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from memzoo.kernels import selective_scan
+from memzoo.kernels import LinearState, linear_attention, selective_scan, use_backend
+from memzoo.layers import State, build_mixer
+from memzoo.layers.parts.norm import GatedRMSNorm
 
 DATA = np.load(Path(__file__).parent / "ssm_a.npz")
 
@@ -62,3 +64,86 @@ def test_selective_scan(case: str, backend: str, chunk_size: int | None) -> None
     grads = torch.autograd.grad((y * channels_last("out", arrays["grad_out"])).sum(), list(inputs.values()))
     for name, grad in zip(inputs, grads, strict=True):
         assert_near(f"d_{name}", grad, channels_last(name, arrays[f"d_{name}"]))
+
+
+@pytest.mark.parametrize(
+    "backend, chunk_size", [("reference", 64), ("torch", 4), ("torch", 7), ("torch", 64)]
+)
+@pytest.mark.parametrize("name", ["ssd", "ssd_noinit"])
+def test_state_space_duality(name: str, backend: str, chunk_size: int) -> None:
+    """SSD is linear attention with queries C, keys B, values dt x and log-decay dt A."""
+    case = load(name)
+    names = [n for n in ("x", "dt", "A", "B", "C", "initial_state") if n in case]
+    inputs = {n: case[n].clone().requires_grad_() for n in names}
+    start = inputs.get("initial_state")
+    y, state = linear_attention(
+        inputs["C"],
+        inputs["B"],
+        inputs["x"] * inputs["dt"][..., None],
+        g=inputs["dt"] * inputs["A"],
+        scale=1.0,
+        initial_state=None if start is None else LinearState(start.transpose(2, 3)),
+        return_state=True,
+        chunk_size=chunk_size,
+        backend=backend,
+    )
+    memory = state.memory.transpose(2, 3)
+    assert_near("Y", y, case["Y"])
+    assert_near("final_state", memory, case["final_state"])
+    total = (y * case["grad_Y"]).sum() + (memory * case["grad_final_state"]).sum()
+    grads = torch.autograd.grad(total, list(inputs.values()))
+    for n, grad in zip(inputs, grads, strict=True):
+        assert_near(f"d_{n}", grad, case[f"d_{n}"])
+
+
+@pytest.mark.parametrize("order", ["gate_then_norm", "norm_then_gate"])
+def test_gated_norm(order: str) -> None:
+    case = load("gnorm")
+    norm = GatedRMSNorm(16, 2, 1e-5, norm_before_gate=order == "norm_then_gate")
+    norm.load_state_dict({"weight": case["w"]})
+    assert_near(order, norm(case["y"], case["z"]), case[f"out_{order}"])
+
+
+def mixer_weights(case: dict[str, Tensor], layer: int = 0, kind: str = "param") -> dict[str, Tensor]:
+    """The parameters of a mixer (or their gradients) under our names, which differ in one shape only."""
+    prefix = f"{kind}.backbone.layers.{layer}.mixer."
+    found = {name.removeprefix(prefix): x for name, x in case.items() if name.startswith(prefix)}
+    return {name: x.squeeze(1) if name == "conv1d.weight" else x for name, x in found.items()}
+
+
+MIXERS = {
+    "m1": {"type": "mamba1", "d_model": 32, "d_state": 8, "conv_size": 4, "dt_rank": 4},
+    "m2": {"type": "mamba2", "d_model": 32, "d_state": 8, "head_dim": 16, "num_groups": 2, "chunk_size": 4},
+}
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("name", MIXERS)
+def test_mixer_outputs(name: str, backend: str) -> None:
+    case, mixer = load(name), build_mixer(MIXERS[name])
+    mixer.load_state_dict(mixer_weights(case))
+    with use_backend(backend), torch.no_grad():
+        assert_near("mixer0_out", mixer(case["mixer0_in"]).hidden, case["mixer0_out"])
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_mixer_states_of_prompt_and_steps(name: str) -> None:
+    """Of the first layer, whose inputs the file holds; stored there are channels first and one input more."""
+    case, mixer = load(name), build_mixer(MIXERS[name])
+    mixer.load_state_dict(mixer_weights(case))
+    prompt = int(case["prefill_len"])
+    with torch.no_grad():
+        out = mixer(case["mixer0_in"][:, :prompt], return_state=True)
+        check_layer_state(case, "state_prefill", 0, out.state)
+        for t in range(prompt, case["mixer0_in"].shape[1]):
+            out = mixer.step(case["mixer0_in"][:, t], out.state)
+            assert_near(f"step {t}", out.hidden, case["mixer0_out"][:, t])
+            if t == prompt:
+                check_layer_state(case, "state_step1", 0, out.state)
+        check_layer_state(case, "state_final", 0, out.state)
+
+
+def check_layer_state(case: dict[str, Tensor], kind: str, layer: int, state: State) -> None:
+    assert_near(f"{kind} conv", state.tail.transpose(1, 2), case[f"{kind}.conv.{layer}"][..., 1:])
+    memory = state.memory if state.memory.dim() == 3 else state.memory.transpose(2, 3)
+    assert_near(f"{kind} ssm", memory, case[f"{kind}.ssm.{layer}"])

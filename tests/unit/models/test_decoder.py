@@ -274,7 +274,7 @@ def test_a_model_on_the_meta_device_brings_no_compiler_along():
         "from memzoo.models.decoder import MemoryLM\n"
         "composites = ('parallel', 'sequential')\n"
         "layers = [{'type': name} for name in list_mixers() if name not in composites]\n"
-        "defaults = {'num_heads': 2, 'window_size': 4}\n"
+        "defaults = {'num_heads': 2, 'head_dim': 4, 'window_size': 4}\n"
         "config = ModelConfig(vocab_size=8, d_model=8, layers=layers, mixer_defaults=defaults)\n"
         "MemoryLM(config, device='meta')\n"
         "assert 'torch._dynamo' not in sys.modules\n"
