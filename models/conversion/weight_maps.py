@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ...layers.contract import MixerConfig
+from ...layers.mamba2 import Mamba2Config
 from ...layers.registry import build_mixer
 
 # mixers inside composites
@@ -123,6 +124,28 @@ def weight_map(source: MixerConfig, target: MixerConfig) -> dict[str, WeightSour
     return found
 
 
+def attention_in_mamba2(source: MixerConfig, target: MixerConfig) -> dict[str, WeightSource | StackedSource]:
+    """Mamba-2 as linear attention without softmax: C from queries, B from keys, x from values, the output
+    projection from that of the heads (Wang et al., arXiv 2408.15237, section 3). Gate, convolution, step
+    sizes and rates are new.
+
+    B and C are taken over where every head has its own, as wide as those of the attention (`num_groups` its
+    query heads, `d_state` its head_dim), the rest where there are as many channels (`head_dim` the same, and
+    `expand` * d_model as many as all query heads).
+    """
+    heads, key_heads, width = (getattr(source, name, 0) for name in ("num_heads", "num_kv_heads", "head_dim"))
+    if not heads or not key_heads or not isinstance(target, Mamba2Config):
+        return {}
+    if (target.num_heads, target.head_dim) != (heads, width):
+        return {}
+    groups, channels = heads // key_heads, heads * width
+    parts = {channels: WeightSource("v_proj.weight", key_heads, groups)}  # behind the gate z
+    if (target.num_groups, target.d_state) == (heads, width):
+        parts[2 * channels] = WeightSource("k_proj.weight", key_heads, groups)
+        parts[3 * channels] = WeightSource("q_proj.weight")
+    return {"in_proj.weight": StackedSource(parts), "out_proj.weight": WeightSource("o_proj.weight")}
+
+
 def register_weight_map(mixer_type: str, function: WeightMap) -> None:
     """Uses `function(source, target)` as the map for every new mixer of a type, in place of equal names.
 
@@ -165,3 +188,6 @@ def _head_groups(source: MixerConfig, name: str, old: Tensor, new: Tensor) -> in
         return 0
     groups = heads // key_heads
     return int(groups) if new.shape[0] == groups * old.shape[0] else 0
+
+
+register_weight_map("mamba2", attention_in_mamba2)

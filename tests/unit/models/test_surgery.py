@@ -216,6 +216,27 @@ def test_rows_of_a_fused_projection_come_from_several_sources(monkeypatch: pytes
         convert(source, {"type": "base_conv"}, layers=[1])
 
 
+def test_attention_becomes_mamba2_with_its_projections() -> None:
+    source = teacher()
+    target = {"type": "mamba2", "d_state": 6, "num_groups": 4, "expand": 1, "conv_size": 2}
+    student, report = convert(source, target, layers=[1])
+    mixer, old = student.blocks[1].mixer, source.blocks[1].mixer
+    z, x, b, c, dt = mixer.in_proj.weight.split([24, 24, 24, 24, 4])
+    assert torch.equal(x, expand_gqa(old.v_proj.weight, 2, 2))
+    assert torch.equal(b, expand_gqa(old.k_proj.weight, 2, 2))
+    assert torch.equal(c, old.q_proj.weight)
+    assert torch.equal(mixer.out_proj.weight, old.o_proj.weight)
+    assert report.new_parameters["layers.1.mixer.in_proj.weight"] == (len(z) + len(dt), 24)
+    assert "layers.1.mixer.out_proj.weight" not in report.new_parameters
+    wider, report = convert(source, {**target, "d_state": 8, "num_groups": 1}, layers=[1])
+    assert torch.equal(wider.blocks[1].mixer.in_proj.weight[24:48], expand_gqa(old.v_proj.weight, 2, 2))
+    assert report.new_parameters["layers.1.mixer.in_proj.weight"] == (24 + 8 + 8 + 4, 24)
+    other, report = convert(source, {**target, "expand": 2, "num_groups": 1}, layers=[1])
+    assert "layers.1.mixer.out_proj.weight" in report.new_parameters
+    assert student(tokens()).logits.isfinite().all()
+    assert other(tokens()).logits.isfinite().all()
+
+
 def test_memory_off_silences_what_is_nothing_but_a_memory() -> None:
     source = teacher()
     student, _ = convert(source, {"type": "linear_attention"}, layers=[1])
