@@ -203,8 +203,7 @@ class FolderCheckpointIO(CheckpointIO):
     ) -> dict[str, Any]:
         path = _local(path)
         if path.is_file():
-            loaded: dict[str, Any] = TorchCheckpointIO().load_checkpoint(path, weights_only=True)
-            return loaded
+            return _single_file(path)
         location = map_location if isinstance(map_location, (str, torch.device)) else None
         checkpoint = load_checkpoint_folder(path, location)
         self.last_saved = path
@@ -224,6 +223,22 @@ class FolderCheckpointIO(CheckpointIO):
                 path.unlink(missing_ok=True)
         except OSError as error:
             logger.warning("the old checkpoint %s could not be deleted (%s).", path, error.strerror)
+
+
+def _single_file(path: Path) -> dict[str, Any]:
+    """A checkpoint of an earlier version, or of Lightning itself."""
+    try:
+        loaded = TorchCheckpointIO().load_checkpoint(path, weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # unpickling what is no pickle may raise anything
+        raise CheckpointError(
+            f"{str(path)!r} is no checkpoint, or a damaged one ({' '.join(str(error).split()):.120}). "
+            f"{_hint(path)}"
+        ) from error
+    if not isinstance(loaded, dict):
+        raise CheckpointError(f"{str(path)!r} holds a {type(loaded).__name__}, no checkpoint. {_hint(path)}")
+    return loaded
 
 
 def _count(value: Any) -> int | None:

@@ -87,7 +87,7 @@ def convert(
 
     chosen = read_recipe(recipe, seed=seed, steps=steps)
     check_accelerator(accelerator)
-    if save_seconds < 0:
+    if not save_seconds >= 0:
         raise ValueError(f"save_seconds must be at least 0, got {save_seconds}.")
     place = model_place(source)
     # all that can be wrong is found before the weights are read

@@ -164,7 +164,7 @@ def _prompt_text(prompt: str | None, prompt_file: str | None) -> str:
     if not path.is_file():
         raise ValueError(f"there is no file {prompt_file!r} (looked in {Path.cwd()}). Check --prompt_file.")
     try:
-        return path.read_text(encoding="utf-8") + (prompt or "")
+        return path.read_text(encoding="utf-8-sig") + (prompt or "")
     except UnicodeDecodeError as error:
         raise ValueError(
             f"{prompt_file} is not UTF-8 text ({error}). Save it as UTF-8 plain text."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import asdict
 from typing import Any
@@ -14,13 +15,18 @@ from torch import Tensor, nn
 from ..kernels import linear_cross_entropy
 from ..kernels.linear_cross_entropy import default_chunk_size
 from ..models.config import ModelConfig
+from ..models.conversion import first_not_finite
 from ..models.decoder import MemoryLM
 from .carried import CarriedStates
 from .data.batches import TokenBatch, refuse_processes
 from .data.mqar import IGNORE_INDEX, accuracy_per_example
 from .optim import OptimizerConfig, build_optimizer, lr_factor
+from .stopping import way_on
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_OPTIMIZER = OptimizerConfig()
+_RATES = ("lr", "weight_decay", "beta1", "beta2", "eps")  # settings that a checkpoint of AdamW brings along
 
 # Dimensions: B rows, T tokens, C positions of a chunk, M model width, V vocabulary
 
@@ -54,9 +60,10 @@ class LanguageModelModule(LightningModule):
         carry_state: bool = False,
     ) -> None:
         super().__init__()
-        if mixer_init_scale is not None and mixer_init_scale <= 0:
+        if mixer_init_scale is not None and not 0 < mixer_init_scale < math.inf:
             raise ValueError(
-                f"mixer_init_scale must be positive, got {mixer_init_scale}. Leave it out for none."
+                f"mixer_init_scale must be positive and finite, got {mixer_init_scale}. "
+                "Leave it out for none."
             )
         self.config = config
         self.optimizer_config = optimizer
@@ -127,7 +134,18 @@ class LanguageModelModule(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds the settings, and the carried memory, as plain data."""
+        """Adds the settings, and the carried memory, as plain data.
+
+        Raises:
+            ValueError: a weight is not finite; the checkpoints that are there stay.
+        """
+        broken = first_not_finite(self.named_parameters())
+        if broken is not None:
+            raise ValueError(
+                f"the weight {broken.removeprefix('model.')} is not finite after step "
+                f"{self.trainer.global_step}, so nothing is saved{way_on(self.trainer, None)}, with a lower "
+                "model.optimizer.lr or trainer.gradient_clip_val."
+            )
         # Plain data, so that checkpoints load with weights_only=True.
         checkpoint["memzoo"] = {"config": self.config.to_dict(), "optimizer": asdict(self.optimizer_config)}
         if self.carried is not None:
@@ -135,6 +153,8 @@ class LanguageModelModule(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Takes the carried memory over, and refuses the checkpoint of another model.
+
+        An optimiser of other settings goes on with those given here, not with those in the checkpoint.
 
         Raises:
             ValueError: the message names the first difference.
@@ -148,6 +168,25 @@ class LanguageModelModule(LightningModule):
             )
         if self.carried is not None:
             self.carried.load_plain(own.get("carried", {}))
+        is_fit = self._trainer is not None and self._trainer.state.fn == "fit"
+        if is_fit and own.get("optimizer"):
+            self._take_rates(checkpoint, own["optimizer"])
+
+    def _take_rates(self, checkpoint: dict[str, Any], saved: dict[str, Any]) -> None:
+        """Writes the rates given here into the optimiser of a checkpoint that was written with others."""
+        given = asdict(self.optimizer_config)
+        changed = [name for name in _RATES if saved.get(name) != given[name]]
+        if not changed:
+            return
+        fresh = build_optimizer(self.model.parameters(), self.optimizer_config).param_groups
+        (optimizer,), (schedule,) = checkpoint["optimizer_states"], checkpoint["lr_schedulers"]
+        for old, new in zip(optimizer["param_groups"], fresh, strict=True):
+            old["lr"] *= new["lr"] / old["initial_lr"]
+            old["initial_lr"] = new["lr"]
+            old |= {name: new[name] for name in ("weight_decay", "betas", "eps")}
+        schedule["base_lrs"] = [group["initial_lr"] for group in optimizer["param_groups"]]
+        told = ", ".join(f"{name} {given[name]} instead of {saved.get(name)}" for name in changed)
+        logger.warning("the run goes on with another optimizer than its checkpoint: %s", told)
 
     @torch.no_grad()
     def _evaluate(self, batch: TokenBatch, split: str) -> None:
@@ -179,8 +218,12 @@ def planned_steps(trainer: Trainer) -> int:
     resumed run would read its epoch from the start again.
 
     Raises:
-        ValueError: the run has no end.
+        ValueError: the run has no end, or steps of no batch.
     """
+    if trainer.accumulate_grad_batches < 1:
+        raise ValueError(
+            f"trainer.accumulate_grad_batches must be at least 1, got {trainer.accumulate_grad_batches}."
+        )
     if trainer.max_epochs == -1:
         if trainer.max_steps == -1:
             raise ValueError("the run has no end. Set trainer.max_steps or trainer.max_epochs.")

@@ -288,7 +288,8 @@ def stage(text: str, of: str = "{name: tune, loss: {kl: 1}, train: lora, steps: 
         ("stages: [3]", "stage 0 must be a mapping"),
         ("stages: [{name: a}]", "stage 0: .*missing"),
         ("stages: [{name: a, lost: {}}]", "unknown key 'lost' in stage 0. Did you mean 'loss'"),
-        (stage("name: a b"), "needs a name of letters"),
+        (stage("name: a b"), "needs a name of at most 50 letters"),
+        (stage(f"name: {'a' * 51}"), "needs a name of at most 50 letters"),
         (stage("loss: {kll: 1}"), "Did you mean 'kl'"),
         (stage("loss: {kl: 1, mixer_out: 1}"), "cannot be mixed.*use two stages"),
         (stage("{loss: {kl: 0, ce: 0}}"), "all weights of its losses are 0"),
@@ -317,6 +318,7 @@ def stage(text: str, of: str = "{name: tune, loss: {kl: 1}, train: lora, steps: 
         ("gqa: share", "gqa must be one of keep, expand"),
         ("control: {window: 3}", "control must give window_size"),
         ("seed: -1", "seed must be an integer"),
+        ("seed: 4294967295", "seed must be an integer from 0 to 42949672"),
     ],
 )
 def test_refuses_a_bad_recipe(text: str, message: str, tmp_path: Path) -> None:
@@ -406,6 +408,14 @@ def test_a_mistake_is_told_before_any_work(
         ("data: {texts: emma, seq_len: 3}", "seq_len is set by the stages"),
         ("data: {type: mqar}", "data type 'mqar' has no text for a conversion"),
         ("data: {append_eos: true}", "no text to train on"),
+        ("data: {texts: null}", "data: texts must be a list of texts or a text, got None"),
+        ("data: {files: [5]}", "data: files must be a list of texts or a text, got [5]"),
+        ("data: {texts: emma, append_eos: 'no'}", "data: append_eos must be true or false, got 'no'"),
+        ("data: {texts: emma, val_fraction: null}", "data: val_fraction must be a number, got None"),
+        ("data: {type: [text]}", "has no text for a conversion"),
+        ("data: {dataset: text}", "data: dataset must be a mapping or null, got 'text'"),
+        ("data: {dataset: {}}", "data: dataset: DatasetSource.__init__() missing"),
+        ("data: {dataset: {path: json, max_rows: a}}", "data: dataset.max_rows must be an integer or null"),
         ("data: {dataset: {paht: x}}", "data: unknown key 'paht' in dataset. Did you mean 'path'"),
     ],
 )

@@ -6,8 +6,9 @@ import dataclasses
 import hashlib
 import importlib
 import inspect
-from collections.abc import Mapping
-from typing import Any, get_args, get_type_hints
+from collections.abc import Mapping, Sequence
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from ...layers.contract import suggest
 from ..command_line import DATA_TYPES
@@ -21,6 +22,14 @@ _NEEDED = frozenset(_OWN)
 _UNREAD = ("contiguous", "num_workers", "max_val_windows", "max_val_rows")
 DEFAULT_DATA = {"type": "text", "texts": ["state_of_the_union"]}
 _DIGESTED = 4096  # batches
+_WORDS = {
+    str: "a text",
+    bool: "true or false",
+    int: "an integer",
+    float: "a number",
+    type(None): "null",
+    Sequence[str]: "a list of texts",
+}
 # Pretrained models have read their texts one after another, without resets.
 _DEFAULTS: dict[str, dict[str, Any]] = {"text": {"reset_at_documents": False, "append_eos": False}}
 
@@ -32,8 +41,8 @@ def check_data(data: Mapping[str, Any]) -> None:
         data: `type` (text unless given) and arguments of that data module; not its tokenizer and sizes.
 
     Raises:
-        ValueError: an unknown type or key (the nearest is named), a text or file that is not there, or no
-            text at all.
+        ValueError: an unknown type or key (the nearest is named), a value of another kind than the data
+            module takes, a text or file that is not there, or no text at all.
     """
     known = inspect.signature(_data_class(data)).parameters
     for key in data:
@@ -47,11 +56,11 @@ def check_data(data: Mapping[str, Any]) -> None:
                 f"data: {key} has no effect: a conversion begins every window with an empty memory, reads in "
                 "its own process and validates on no text. Leave it out."
             )
+    _arguments(data)
     for name in names(data.get("texts", ())):
         load_text(name)
     for file in names(data.get("files", ())):
         check_text_file(file)
-    _arguments(data)
     if not any(data.get(name) for name in ("texts", "files", "dataset")):
         raise ValueError(
             "data: no text to train on. Name a bundled text in texts, or give files or a dataset."
@@ -98,7 +107,7 @@ def _data_class(data: Mapping[str, Any]) -> Any:
         found = getattr(importlib.import_module(module), attribute)
         if set(inspect.signature(found).parameters) >= _NEEDED:
             usable[name] = found
-    if kind not in usable:
+    if not isinstance(kind, str) or kind not in usable:
         raise ValueError(f"data type {kind!r} has no text for a conversion. {suggest(str(kind), usable)}")
     return usable[kind]
 
@@ -109,11 +118,36 @@ def _arguments(data: Mapping[str, Any]) -> dict[str, Any]:
     given = {**_DEFAULTS.get(data.get("type", "text"), {}), **data}
     given.pop("type", None)
     for name, value in given.items():
-        kinds: list[Any] = [kind for kind in get_args(hints.get(name)) if dataclasses.is_dataclass(kind)]
-        if kinds and isinstance(value, Mapping):
-            known = {item.name for item in dataclasses.fields(kinds[0])}
+        if name in hints:
+            given[name] = _typed(value, hints[name], name)
+    return given
+
+
+def _typed(value: Any, hint: Any, where: str) -> Any:
+    """A value as a signature wants it; raises ValueError for one of another kind."""
+    options = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    for option in options:
+        if dataclasses.is_dataclass(option) and isinstance(value, Mapping):
+            known = get_type_hints(option)
             for key in value:
                 if key not in known:
-                    raise ValueError(f"data: unknown key {key!r} in {name}. {suggest(str(key), known)}")
-            given[name] = kinds[0](**value)
-    return given
+                    raise ValueError(f"data: unknown key {key!r} in {where}. {suggest(str(key), known)}")
+            made: Any = option
+            try:
+                return made(
+                    **{key: _typed(item, known[key], f"{where}.{key}") for key, item in value.items()}
+                )
+            except TypeError as error:  # a key that it needs
+                raise ValueError(f"data: {where}: {error}.") from None
+        if _is_of(value, option):
+            return value
+    wanted = " or ".join(_WORDS.get(option, "a mapping") for option in options)
+    raise ValueError(f"data: {where} must be {wanted}, got {value!r}. Correct it, or leave it out.")
+
+
+def _is_of(value: Any, option: Any) -> bool:
+    if get_origin(option) is Sequence:
+        return isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value)
+    if option is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return type(value) is option  # truth values are no integers

@@ -33,10 +33,20 @@ def claimed(folder: Path) -> Iterator[None]:
     """Keeps others from converting into the same folder meanwhile; a kill gives it free.
 
     Raises:
-        ValueError: another conversion is running in it, or its `work` holds somebody's own files.
+        ValueError: another conversion is running in it, its `work` holds somebody's own files, or what a
+            conversion writes cannot have its name there.
     """
     _parts(folder)
     work = folder / "work"
+    for path, is_wrong, kind in (
+        (work, work.exists() and not work.is_dir(), "file"),
+        *((folder / name, (folder / name).is_dir(), "folder") for name in _WRITTEN),
+    ):
+        if is_wrong:
+            raise ValueError(
+                f"{str(path)!r} is a {kind}, which a conversion would have to replace. "
+                "Name another output folder."
+            )
     work.mkdir(parents=True, exist_ok=True)
     handle = os.open(work / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     try:

@@ -35,6 +35,8 @@ from .updates import linear_layers, lora_size
 ALIGNMENT_LOSSES = ("mixer_out", "attn_out", "hidden")
 END_TO_END_LOSSES = ("kl", "ce")
 TRAINABLE = ("new", "mixers", "lora", "all")
+_LONGEST_NAME = 50  # it becomes part of file names
+_LAST_SEED = 2**32 - 1  # of numpy
 DEFAULT_WINDOW = {"window_size": 64, "num_sinks": 4}
 
 
@@ -88,8 +90,12 @@ class Stage:
     clip: float = 1.0
 
     def __post_init__(self) -> None:
-        if not isinstance(self.name, str) or not self.name.replace("_", "").replace("-", "").isalnum():
-            raise ValueError(f"a stage needs a name of letters, digits, - and _, got {self.name!r}.")
+        is_plain = isinstance(self.name, str) and self.name.replace("_", "").replace("-", "").isalnum()
+        if not is_plain or len(self.name) > _LONGEST_NAME:
+            raise ValueError(
+                f"a stage needs a name of at most {_LONGEST_NAME} letters, digits, - and _, got "
+                f"{self.name!r:.150}."
+            )
         where = f"stage {self.name!r}"
         known = (*ALIGNMENT_LOSSES, *END_TO_END_LOSSES)
         if not isinstance(self.loss, Mapping) or not self.loss:
@@ -217,8 +223,9 @@ class ConversionRecipe:
         names = [stage.name for stage in stages]
         if len(set(names)) != len(names):
             raise ValueError(f"stages must have names of their own, got {names}.")
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
-            raise ValueError(f"seed must be an integer of at least 0, got {self.seed!r}.")
+        largest = _LAST_SEED - len(stages)  # each stage has its own, counted from this one
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed <= largest:
+            raise ValueError(f"seed must be an integer from 0 to {largest}, got {self.seed!r}.")
         if not isinstance(self.data, Mapping):
             raise ValueError(f"data must be a mapping, got {self.data!r}. Write {{texts: [NAME, ...]}}.")
         if self.control is not None:

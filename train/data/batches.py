@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import logging
 import multiprocessing
 import os
 import signal
@@ -29,6 +30,8 @@ from .mqar import IGNORE_INDEX
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
+
+logger = logging.getLogger(__name__)
 
 _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG
 
@@ -192,9 +195,18 @@ class ResumableLoader(DataLoader[TokenBatch]):
 
     def state_dict(self) -> dict[str, int]:
         # A run that saves again before it reads anything stands where it was resumed.
-        return self._resumed or {"num_yielded": self._num_yielded, "epoch": self._epoch_sampler.epoch}
+        position = self._resumed or {"num_yielded": self._num_yielded, "epoch": self._epoch_sampler.epoch}
+        return {**position, "num_batches": len(self)}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
+        saved = state.get("num_batches", len(self))
+        if saved != len(self):
+            logger.warning(
+                "the data has %d batches an epoch, and had %d when the checkpoint was written: it is not the "
+                "same text, seq_len or batch_size, and the run will not read on where it stopped",
+                len(self),
+                saved,
+            )
         self._resumed = state
 
 
@@ -231,12 +243,14 @@ def _begin_worker(run: int, worker: int) -> None:
         os._exit(1)
 
 
-def check_loader_settings(*, batch_size: int, num_workers: int) -> None:
+def check_loader_settings(*, batch_size: int, num_workers: int, seed: int = 0) -> None:
     """Refuse sizes no loader can work with.
 
     Raises:
-        ValueError: ``batch_size`` below 1 or ``num_workers`` below 0.
+        ValueError: ``batch_size`` below 1, ``num_workers`` or ``seed`` below 0.
     """
+    if seed < 0:
+        raise ValueError(f"seed must be at least 0, got {seed}.")
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
     if num_workers < 0:

@@ -78,7 +78,7 @@ class ChatDataModule(LightningDataModule):
         num_workers: int = 0,
     ) -> None:
         super().__init__()
-        check_loader_settings(batch_size=batch_size, num_workers=num_workers)
+        check_loader_settings(batch_size=batch_size, num_workers=num_workers, seed=seed)
         if seq_len < 1 or (max_val_rows is not None and max_val_rows < 1):
             raise ValueError(
                 f"seq_len and max_val_rows must be at least 1, got {seq_len} and {max_val_rows}. "

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .documents import check_characters
 from .tokenizers import load_tokenizer
 
 if TYPE_CHECKING:
@@ -171,6 +172,7 @@ def _message(item: Any, place: str) -> dict[str, str]:
         if isinstance(item, Mapping) and isinstance(item.get(role_key), str):
             role, content = str(item[role_key]), item.get(content_key)
             if isinstance(content, str):
+                check_characters(content, place)
                 return {"role": _ROLES.get(role, role), "content": content}
     raise ValueError(
         f"{place} must have the texts `role` and `content` (or `from` and `value`), got {item!r:.60}."

@@ -116,7 +116,11 @@ def read_records(file: str) -> Iterator[tuple[str, dict[str, Any]]]:
         try:
             record = json.loads(line)
         except json.JSONDecodeError as error:
-            raise ValueError(f"{place} is not JSON: {error.msg}.") from None
+            raise ValueError(
+                f"{place} is not JSON: {error.msg}. Correct the line, or leave it out."
+            ) from None
+        except (RecursionError, ValueError) as error:  # nested too deep, or a number of thousands of digits
+            raise ValueError(f"{place} cannot be read: {error}. Leave the line out.") from None
         if not isinstance(record, dict):
             raise ValueError(f"{place} is no JSON object with fields, got {type(record).__name__}.")
         yield place, record
@@ -137,12 +141,34 @@ def text_of(record: Mapping[str, Any], text_field: str, place: str) -> str:
             f"{place} has no text in the field {text_field!r} (it has: {', '.join(sorted(record))}). "
             "Name the field that holds it in text_field."
         )
+    check_characters(text, place)
     return text
+
+
+def check_characters(text: str, place: str) -> None:
+    """Refuse half a surrogate pair, which JSON can write and no encoding of text has.
+
+    Args:
+        place: where the text stands, for the message.
+
+    Raises:
+        ValueError: there is one; the message says which and where.
+    """
+    if text.isascii():
+        return
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        half = text[error.start].encode("unicode_escape").decode("ascii")
+        raise ValueError(
+            f"{place}: character {error.start} of the text is {half}, half a surrogate pair, which is no "
+            "character. Write a \\ufffd in its place, or leave this text out."
+        ) from None
 
 
 def _read(file: str) -> str:
     try:
-        return Path(file).read_text(encoding="utf-8")
+        return Path(file).read_text(encoding="utf-8-sig")  # some editors begin a file with a mark
     except UnicodeDecodeError as error:
         raise ValueError(
             f"{file!r} is not UTF-8 text (byte {error.start}). Convert its encoding first."

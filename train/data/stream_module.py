@@ -61,7 +61,7 @@ class StreamDataModule(LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        check_loader_settings(batch_size=batch_size, num_workers=0)
+        check_loader_settings(batch_size=batch_size, num_workers=0, seed=seed)
         check_window_settings(seq_len=seq_len, max_val_windows=max_val_windows)
         for name, value in (("batches_per_epoch", batches_per_epoch), ("shuffle_buffer", shuffle_buffer)):
             if value < 1:

@@ -50,7 +50,7 @@ class TaskDataModule(LightningDataModule):
         num_workers: int = 0,
     ) -> None:
         super().__init__()
-        check_loader_settings(batch_size=batch_size, num_workers=num_workers)
+        check_loader_settings(batch_size=batch_size, num_workers=num_workers, seed=seed)
         check_loader_settings(batch_size=eval_batch_size, num_workers=num_workers)
         if num_batches < 1 or num_eval_examples < 1:
             raise ValueError(

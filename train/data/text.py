@@ -73,7 +73,7 @@ class TextDataModule(LightningDataModule):
         num_workers: int = 0,
     ) -> None:
         super().__init__()
-        check_loader_settings(batch_size=batch_size, num_workers=num_workers)
+        check_loader_settings(batch_size=batch_size, num_workers=num_workers, seed=seed)
         check_window_settings(seq_len=seq_len, max_val_windows=max_val_windows)
         if not texts and not files and dataset is None:
             raise ValueError("no text to train on. Name a bundled text in texts, or give files or a dataset.")

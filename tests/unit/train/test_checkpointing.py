@@ -278,6 +278,16 @@ def test_single_files_of_earlier_versions_are_read_without_pickled_code(tmp_path
         io.load_checkpoint(tmp_path / "evil.ckpt", weights_only=False)
 
 
+@pytest.mark.parametrize("content", [b"", b"no checkpoint", b"PK\x03\x04 cut", b"\x80\x02]q\x00."])
+def test_a_file_that_is_no_checkpoint_is_refused(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "last.ckpt"
+    path.write_bytes(content)
+    with pytest.raises(
+        CheckpointError, match=r"last.ckpt' (is no checkpoint, or a damaged one|holds a list)"
+    ):
+        FolderCheckpointIO().load_checkpoint(path)
+
+
 def test_the_state_is_readable_as_json(tmp_path: Path) -> None:
     save_checkpoint_folder(tmp_path / "c", checkpoint(7))
     state = json.loads((tmp_path / "c" / "state.json").read_text())

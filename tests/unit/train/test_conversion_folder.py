@@ -83,3 +83,14 @@ def test_a_finished_conversion_is_not_taken_for_a_begun_one(tmp_path: Path) -> N
     assert not is_begun(tmp_path)
     begin(tmp_path, {**SETTINGS, "source": "abd"})
     assert not (tmp_path / "work").exists()
+
+
+@pytest.mark.parametrize("name", ["work", MANIFEST, "report.json", "index.html"])
+def test_what_stands_in_the_way_is_found_before_the_work(tmp_path: Path, name: str) -> None:
+    if name == "work":
+        (tmp_path / name).write_text("mine")
+    else:
+        (tmp_path / name).mkdir()
+    with pytest.raises(ValueError, match=f"{name}' is a .*Name another output folder"), claimed(tmp_path):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == [name]

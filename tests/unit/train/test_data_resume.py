@@ -139,3 +139,16 @@ def test_an_epoch_that_ends_before_its_data_does_is_followed_by_a_new_one(kind: 
     again.load_state_dict(saved)
     rest = list(itertools.islice(again, 1))
     assert_same([*first, *rest], list(itertools.islice(loader(), 3)))
+
+
+def test_other_data_than_that_of_the_checkpoint_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    def loader(batch_size: int) -> Any:
+        data = TextDataModule(files="rows.jsonl", seq_len=16, batch_size=batch_size)
+        data.setup()
+        return data.train_dataloader()
+
+    saved = loader(6).state_dict()
+    loader(6).load_state_dict(saved)
+    assert not caplog.messages
+    loader(2).load_state_dict(saved)
+    assert "it is not the same text, seq_len or batch_size" in caplog.text

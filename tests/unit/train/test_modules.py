@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -31,6 +32,8 @@ HYBRID = [
     {"type": "linear_attention", "num_heads": 2},
     {"type": "attention", "num_heads": 2},
 ]
+
+SMALL = HYBRID[:1]
 
 
 def config(layers: list[dict[str, Any]] = HYBRID, **fields: Any) -> ModelConfig:
@@ -338,6 +341,51 @@ def test_a_resumed_run_has_the_bits_of_one_that_was_not_stopped(
         forgetful, Data(), ckpt_path=tmp_path / "whole" / "step=3.ckpt"
     )
     assert not torch.equal(forgetful.model.head_weight, whole.model.head_weight), "the memory mattered"
+
+
+@pytest.mark.parametrize("changes", [{}, {"lr": 0.5, "weight_decay": 0.3, "beta1": 0.5}])
+def test_a_resumed_run_takes_the_rates_it_is_given(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, changes: dict[str, float]
+) -> None:
+    def fit(checkpoint: Path | None = None, **changes: float) -> list[dict[str, Any]]:
+        module = build(SMALL)
+        module.optimizer_config = replace(module.optimizer_config, schedule="linear", **changes)
+        run = trainer(tmp_path, max_epochs=-1, max_steps=3, **options)
+        run.fit(module, Data(), ckpt_path=checkpoint)
+        keys = ("lr", "initial_lr", "weight_decay", "eps")
+        return [
+            {key: group[key] for key in keys} | {"beta1": group["betas"][0]}
+            for group in run.optimizers[0].param_groups
+        ]
+
+    saves = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=2, save_top_k=-1)
+    options = {"callbacks": [saves], "enable_checkpointing": True, "plugins": [FolderCheckpointIO()]}
+    fit()
+    resumed, whole = fit(tmp_path / "step=2.ckpt", **changes), fit(**changes)
+    for ours, theirs in zip(resumed, whole, strict=True):
+        assert ours == (pytest.approx(theirs) if changes else theirs)
+    told = "goes on with another optimizer than its checkpoint: lr 0.5 instead of 0.01, weight_decay 0.3"
+    assert (told in caplog.text) is bool(changes)
+
+
+def test_weights_that_are_not_finite_never_replace_a_checkpoint(tmp_path: Path) -> None:
+    class Breaks(Callback):
+        def on_train_batch_end(self, run: Trainer, module: LanguageModelModule, *args: Any) -> None:
+            if run.global_step == 3:
+                module.model.embed_tokens.weight.data[0, 0] = torch.nan
+
+    saves = ModelCheckpoint(tmp_path, save_last=True, every_n_train_steps=2)
+    options = {
+        "callbacks": [Breaks(), saves],
+        "enable_checkpointing": True,
+        "plugins": [FolderCheckpointIO()],
+    }
+    with pytest.raises(
+        ValueError, match=r"is not finite after step 4, .* --ckpt_path .*\.ckpt, with a lower"
+    ):
+        trainer(tmp_path, **options).fit(build(SMALL), Data())
+    weights = FolderCheckpointIO().load_checkpoint(tmp_path / "last.ckpt")["state_dict"]
+    assert all(weight.isfinite().all() for weight in weights.values())
 
 
 def test_a_checkpoint_without_memory_is_reported(caplog: pytest.LogCaptureFixture) -> None:

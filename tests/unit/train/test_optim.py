@@ -55,7 +55,11 @@ def test_schedules_rise_then_fall(schedule: str, last: float) -> None:
     "fields, message",
     [
         ({"lr": 0.0}, "lr must be positive"),
-        ({"weight_decay": -1.0}, "weight_decay must not be negative"),
+        ({"lr": math.nan}, "lr must be positive and finite, got nan"),
+        ({"lr": math.inf}, "lr must be positive and finite, got inf"),
+        ({"weight_decay": -1.0}, "weight_decay must be finite and not negative"),
+        ({"weight_decay": math.nan}, "weight_decay must be finite and not negative, got nan"),
+        ({"eps": -1.0}, "eps must be finite and not negative, got -1.0"),
         ({"beta2": 1.0}, "beta2 must lie in"),
         ({"min_lr_ratio": 2.0}, "min_lr_ratio must lie in"),
     ],

@@ -125,6 +125,17 @@ def test_an_end_of_text_token_closes_every_document(tmp_path: Path) -> None:
         ("a.jsonl", b'{"text": "x"}\n{', "line 2 is not JSON"),
         ("a.jsonl", b'{"body": "x"}', "no text in the field 'text'"),
         ("a.jsonl", b'["x"]', "no JSON object with fields, got list"),
+        (
+            "a.jsonl",
+            b'{"text": "x"}\n{"text": "ab\\ud800"}',
+            r"line 2: character 2 of the text is \\ud800, half a",
+        ),
+        (
+            "a.jsonl",
+            b'{"text": ' + b"[" * 10**5 + b"]" * 10**5 + b"}",
+            "line 1 cannot be read: maximum recursion",
+        ),
+        ("a.jsonl", b'{"n": ' + b"1" * 5000 + b"}", "line 1 cannot be read: Exceeds the limit"),
     ],
 )
 def test_bad_files_are_refused_by_name(tmp_path: Path, name: str, content: bytes, message: str) -> None:
@@ -132,6 +143,13 @@ def test_bad_files_are_refused_by_name(tmp_path: Path, name: str, content: bytes
     path.write_bytes(content)
     with pytest.raises(ValueError, match=message):
         read_documents(str(path))
+
+
+@pytest.mark.parametrize("name, content", [("a.txt", b"one"), ("a.jsonl", b'{"text": "one"}')])
+def test_a_mark_of_the_byte_order_is_no_text(tmp_path: Path, name: str, content: bytes) -> None:
+    path = tmp_path / name
+    path.write_bytes(b"\xef\xbb\xbf" + content)
+    assert read_documents(str(path)) == ["one"]
 
 
 def test_the_tokenizer_of_our_own_folders_loads_without_a_word(tmp_path: Path) -> None:
@@ -153,6 +171,8 @@ def test_bad_settings_are_refused(tmp_path: Path) -> None:
         TextDataModule(texts=["moby_dck"]).setup()
     with pytest.raises(ValueError, match="a window needs 513"):
         TextDataModule(files=[str(short)]).setup()
+    with pytest.raises(ValueError, match="seed must be at least 0, got -1"):
+        TextDataModule(files=[str(short)], seed=-1)
     with pytest.raises(ValueError, match="no tokenizer at"):
         TextDataModule(files=[str(short)], tokenizer="nowhere")
     with pytest.raises(ValueError, match="holds neither"):
