@@ -37,11 +37,14 @@ from .parts.norm import GatedRMSNorm
 from .parts.short_conv import ShortConv
 from .parts.state_space import (
     Float32Parameters,
+    check_booleans,
+    check_pair,
     check_step_range,
     decay_rates,
     fill,
     init_linear,
     init_step_bias,
+    is_number,
     undecayed,
 )
 
@@ -106,13 +109,14 @@ class Mamba2Config(MixerConfig):
                 f"num_groups must divide the heads, got {self.num_groups} groups for {self.num_heads} heads "
                 "(expand * d_model / head_dim)."
             )
-        if len(self.rate_range) != 2 or not 0 < self.rate_range[0] <= self.rate_range[1] < math.inf:
-            raise ValueError(f"rate_range must be two numbers 0 < a <= b, got {self.rate_range}.")
-        limit = self.dt_limit
-        if limit is not None and (len(limit) != 2 or not 0 <= limit[0] <= limit[1]):
-            raise ValueError(f"dt_limit must be two numbers 0 <= a <= b or null, got {limit}.")
-        if not self.norm_eps > 0:
-            raise ValueError(f"norm_eps must be above 0, got {self.norm_eps}.")
+        check_pair("rate_range", self.rate_range, 1e-6)
+        if self.rate_range[1] == math.inf:
+            raise ValueError(f"rate_range must be finite, got {self.rate_range}.")
+        if self.dt_limit is not None:
+            check_pair("dt_limit", self.dt_limit, 0)
+        check_booleans(self, "use_bias", "use_conv_bias", "norm_before_gate")
+        if not is_number(self.norm_eps) or not 0 < self.norm_eps < 1:
+            raise ValueError(f"norm_eps must be a number between 0 and 1, got {self.norm_eps!r}.")
 
     @property
     def num_heads(self) -> int:

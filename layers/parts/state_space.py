@@ -73,10 +73,34 @@ def init_step_bias(bias: Tensor, smallest: float, largest: float, floor: float) 
     fill(bias, values)
 
 
+def is_number(value: object) -> bool:
+    """Whether a value is a number, infinity included, and no boolean."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value)
+
+
+def check_booleans(config: object, *names: str) -> None:
+    """Raises ValueError unless each named field of `config` is true or false."""
+    for name in names:
+        if not isinstance(getattr(config, name), bool):
+            raise ValueError(f"{name} must be true or false, got {getattr(config, name)!r}.")
+
+
+def check_pair(name: str, pair: object, lowest: float) -> None:
+    """Raises ValueError unless `pair` is two numbers in order, the first at least `lowest`."""
+    is_pair = isinstance(pair, tuple) and len(pair) == 2 and all(is_number(end) for end in pair)
+    if not is_pair or not lowest <= pair[0] <= pair[1]:  # type: ignore[index]  # checked on its left
+        raise ValueError(f"{name} must be two numbers {lowest:g} <= a <= b, got {pair!r}.")
+
+
 def check_step_range(config: Any) -> None:
-    """Raises ValueError unless 0 < dt_min <= dt_max and dt_floor > 0."""
-    if not 0 < config.dt_min <= config.dt_max < math.inf or not 0 < config.dt_floor < math.inf:
+    """Raises ValueError unless 0 < dt_min <= dt_max and dt_floor > 0, all of them numbers."""
+    given = (config.dt_min, config.dt_max, config.dt_floor)
+    if (
+        not all(is_number(value) for value in given)
+        or not 0 < config.dt_min <= config.dt_max < math.inf
+        or not 0 < config.dt_floor < math.inf
+    ):
         raise ValueError(
             "initial step sizes need 0 < dt_min <= dt_max and dt_floor > 0, got "
-            f"dt_min {config.dt_min}, dt_max {config.dt_max} and dt_floor {config.dt_floor}."
+            f"dt_min {config.dt_min!r}, dt_max {config.dt_max!r} and dt_floor {config.dt_floor!r}."
         )

@@ -10,12 +10,12 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
 from ..config import ModelConfig
+from .config_reader import ConfigReader, SourceWeight, build_config
 from .errors import CheckpointError
 from .gguf_files import GGUFFile
 
@@ -73,15 +73,6 @@ _SHARED_FIELDS = (
 )
 
 
-@dataclass(frozen=True)
-class SourceWeight:
-    """Name and shape of a weight in its source, and the heads whose rows a GGUF file interleaves."""
-
-    name: str
-    shape: tuple[int, ...]
-    interleaved_heads: int = 0
-
-
 def config_from_hf(values: Mapping[str, Any], where: str) -> ModelConfig:
     """Turns the `config.json` of a Llama-style folder into a ModelConfig.
 
@@ -93,8 +84,13 @@ def config_from_hf(values: Mapping[str, Any], where: str) -> ModelConfig:
         CheckpointError: another model type, a missing or impossible value, or a feature that the backbone
             does not have.
     """
-    reader = _ConfigReader(values, where)
-    family = reader.model_type()
+    family = values.get("model_type")
+    if family not in FAMILIES:
+        raise CheckpointError(
+            f"{where} has model_type {family!r}. Of models with attention, {', '.join(FAMILIES)} (SmolLM is "
+            "llama) are known; folders of mamba and mamba2 are read too."
+        )
+    reader = ConfigReader(values, where, {**_COMMON_DEFAULTS, **_FAMILY_DEFAULTS[family]})
     d_model = reader.positive("hidden_size")
     num_layers = reader.positive("num_hidden_layers")
     num_heads = reader.positive("num_attention_heads")
@@ -116,7 +112,7 @@ def config_from_hf(values: Mapping[str, Any], where: str) -> ModelConfig:
         "qkv_bias": bias,
         "o_bias": bias and family != "qwen2",
     }
-    return _build_config(
+    return build_config(
         where,
         vocab_size=reader.positive("vocab_size"),
         d_model=d_model,
@@ -345,7 +341,7 @@ def config_from_gguf(file: GGUFFile) -> ModelConfig:
         "qkv_bias": bias,
         "o_bias": "blk.0.attn_output.bias" in file.tensors,
     }
-    return _build_config(
+    return build_config(
         str(file.path),
         vocab_size=vocab_size,
         d_model=d_model,
@@ -358,65 +354,7 @@ def config_from_gguf(file: GGUFFile) -> ModelConfig:
     )
 
 
-class _ConfigReader:
-    """Typed access to a `config.json`; every error names the file and the key."""
-
-    def __init__(self, values: Mapping[str, Any], where: str) -> None:
-        self.values = values
-        self.where = where
-        self.defaults = _COMMON_DEFAULTS
-
-    def model_type(self) -> str:
-        family = self.values.get("model_type")
-        if family not in FAMILIES:
-            raise CheckpointError(
-                f"{self.where} has model_type {family!r}. "
-                f"Folders of {', '.join(FAMILIES)} (SmolLM is llama) are read."
-            )
-        self.defaults = {**_COMMON_DEFAULTS, **_FAMILY_DEFAULTS[family]}
-        return str(family)
-
-    def get(self, key: str, default: Any = None) -> Any:
-        if key in self.values and (self.values[key] is not None or key == "sliding_window"):
-            return self.values[key]
-        if key in self.defaults and self.defaults[key] is not None:
-            return self.defaults[key]
-        return default
-
-    def positive(self, key: str, default: int | None = None) -> int:
-        # a null number of key/value heads means as many as query heads; a missing one is the family's default
-        value = default if key in self.values and self.values[key] is None else self.get(key, default)
-        if type(value) is not int or not 1 <= value < 2**31:
-            raise self.wrong(key, value, "a positive integer")
-        return value
-
-    def number(self, key: str) -> float:
-        value = self.get(key)
-        if (
-            isinstance(value, bool)
-            or not isinstance(value, (int, float))
-            or not (math.isfinite(value) and value > 0)
-        ):
-            raise self.wrong(key, value, "a positive number")
-        return float(value)
-
-    def boolean(self, key: str) -> bool:
-        value = self.get(key)
-        if type(value) is not bool:
-            raise self.wrong(key, value, "true or false")
-        return value
-
-    def require(self, key: str, only: Any) -> None:
-        value = self.get(key)
-        if value != only:
-            raise self.wrong(key, value, f"{only!r}, the only one the backbone has")
-
-    def wrong(self, key: str, value: Any, expected: str) -> CheckpointError:
-        what = f"{key}={value!r:.80}" if key in self.values else f"no {key}"
-        return CheckpointError(f"{self.where} has {what}, expected {expected}.")
-
-
-def _rope_from_hf(reader: _ConfigReader, max_positions: int) -> tuple[float, dict[str, Any] | None]:
+def _rope_from_hf(reader: ConfigReader, max_positions: int) -> tuple[float, dict[str, Any] | None]:
     """Base and scaling rule: from `rope_theta` and `rope_scaling`, or from `rope_parameters`."""
     raw = reader.get("rope_scaling") or reader.get("rope_parameters") or {}
     if not isinstance(raw, Mapping) or any(isinstance(value, Mapping) for value in raw.values()):
@@ -475,7 +413,7 @@ def _rope_from_hf(reader: _ConfigReader, max_positions: int) -> tuple[float, dic
     }
 
 
-def _windows_from_hf(reader: _ConfigReader, family: str, num_layers: int) -> list[int | None]:
+def _windows_from_hf(reader: ConfigReader, family: str, num_layers: int) -> list[int | None]:
     """The window of each block, None for attention over the whole text."""
     if num_layers > 100_000:
         raise reader.wrong("num_hidden_layers", num_layers, "at most 100000")
@@ -516,13 +454,6 @@ def _layers(windows: list[int | None]) -> list[dict[str, Any]]:
         {"type": "attention"} if window is None else {"type": "sliding_window", "window_size": window}
         for window in windows
     ]
-
-
-def _build_config(where: str, **fields: Any) -> ModelConfig:
-    try:
-        return ModelConfig(**fields)
-    except ValueError as error:
-        raise CheckpointError(f"{where} does not describe a possible model: {error}") from error
 
 
 def _exportable(index: int, mixer: Any) -> dict[str, Any]:

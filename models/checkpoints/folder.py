@@ -1,4 +1,4 @@
-"""Reading and writing whole checkpoints (Llama-style folders, GGUF files) in the names of `MemoryLM`."""
+"""Reading and writing whole checkpoints (Llama-style, Mamba, GGUF) in the names of `MemoryLM`."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from ...layers.contract import MixerConfig
 from ...layers.registry import build_mixer
 from ..config import ModelConfig
 from ..decoder import MemoryLM, parameter_tags, restore_parameter_tags
+from .config_reader import SourceWeight
 from .errors import CheckpointError
 from .families import (
-    SourceWeight,
     config_from_gguf,
     config_from_hf,
     config_to_hf,
@@ -35,6 +35,7 @@ from .files import (
     write_folder,
 )
 from .gguf_files import open_gguf
+from .mamba import is_mamba, mamba_config, mamba_config_values, mamba_weight_map
 from .safetensors_files import (
     INDEX_NAME,
     iterate_safetensors,
@@ -90,7 +91,7 @@ def _nearest(path: Path) -> str:
 
 
 def read_model_config(path: StrPath) -> ModelConfig:
-    """The config of a checkpoint: a folder saved by memzoo, a Llama-style folder, or a GGUF file.
+    """The config of a checkpoint: a folder saved by memzoo, a Llama-style or Mamba folder, or a GGUF file.
 
     Raises:
         CheckpointError: nothing readable there, another kind of model, or a value that is missing or
@@ -103,6 +104,8 @@ def read_model_config(path: StrPath) -> ModelConfig:
     values = read_json(path / CONFIG_NAME)
     if values.get("model_type") == MODEL_TYPE:
         return config_from_own(values, str(path / CONFIG_NAME))
+    if is_mamba(values):
+        return mamba_config(values, str(path / CONFIG_NAME))
     return config_from_hf(values, str(path / CONFIG_NAME))
 
 
@@ -153,7 +156,7 @@ def read_weights(
     """The weights of a checkpoint under our names.
 
     Args:
-        path: a Llama-style folder or a GGUF file (dequantised to float32).
+        path: a Llama-style or Mamba folder, or a GGUF file (dequantised to float32).
         config: what `read_model_config` returned; read again if None.
         dtype: convert to this dtype; default as stored.
 
@@ -177,10 +180,14 @@ def read_weights(
             weights[ours] = tensor
         return weights
 
-    is_own = read_json(path / CONFIG_NAME).get("model_type") == MODEL_TYPE
+    values = read_json(path / CONFIG_NAME)
+    is_own = values.get("model_type") == MODEL_TYPE
     verify_folder(path, required=is_own)
-    weight_map = own_weight_map(config) if is_own else hf_weight_map(config)
     infos = {name: info for name, info in list_weights(path).items() if not _IGNORED.fullmatch(name)}
+    if is_own:
+        weight_map = own_weight_map(config)
+    else:
+        weight_map = mamba_weight_map(config, infos) if is_mamba(values) else hf_weight_map(config)
     wrong = [] if is_own else [name for name, info in infos.items() if not info.dtype.is_floating_point]
     if wrong:
         raise CheckpointError(
@@ -192,11 +199,16 @@ def read_weights(
         shapes.pop("lm_head.weight")
     _check_names(str(path), weight_map, shapes)
     loaded = dict(iterate_safetensors(infos))
-    if spare_head and not torch.equal(loaded["lm_head.weight"], loaded["model.embed_tokens.weight"]):
+    if spare_head and not torch.equal(
+        loaded["lm_head.weight"], loaded[weight_map["embed_tokens.weight"].name]
+    ):
         raise CheckpointError(
             f"{path} has a lm_head.weight that differs from the embedding, but its config ties them. "
             "Set tie_word_embeddings to false in config.json if the head is its own."
         )
+    for source in weight_map.values():
+        if source.has_middle_axis:
+            loaded[source.name] = loaded[source.name].squeeze(1)
     return {
         ours: loaded[source.name] if dtype is None else loaded[source.name].to(dtype)
         for ours, source in weight_map.items()
@@ -218,7 +230,7 @@ def load_model(
     """Builds the model of a checkpoint and loads its weights; every weight is accounted for.
 
     Args:
-        path: a folder saved by memzoo, a Llama-style folder, or a GGUF file.
+        path: a folder saved by memzoo, a Llama-style or Mamba folder, or a GGUF file.
         dtype: of the parameters; default as stored (GGUF: float32).
         device: where to put them.
 
@@ -307,7 +319,66 @@ def write_llama_folder(
         CheckpointError: no such family can express the model, or weights are missing or have other shapes.
     """
     values = {**config_to_hf(config), **(token_ids or {})}
-    weight_map = hf_weight_map(config)
+    write_foreign_folder(
+        folder,
+        config,
+        weights,
+        hf_weight_map(config),
+        values,
+        kind="llama_style",
+        max_shard_bytes=max_shard_bytes,
+    )
+
+
+def export_mamba_folder(
+    model: MemoryLM,
+    folder: StrPath,
+    *,
+    layout: str = "transformers",
+    token_ids: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes a pure stack of `mamba1` or of `mamba2` as a plain folder that is loaded without memzoo.
+
+    Args:
+        model: what to save.
+        folder: where to; replaced as a whole, safe against a kill at any moment.
+        layout: "transformers", or "state_spaces" for the names and the config of the original code.
+        token_ids: `bos_token_id`, `eos_token_id`, `pad_token_id` for the config of transformers.
+
+    Raises:
+        CheckpointError: the layout cannot express the model; the obstacle is named.
+    """
+    values = mamba_config_values(model.config, layout)
+    if layout == "transformers":
+        values.update(token_ids or {})
+    weight_map = mamba_weight_map(model.config, layout=layout)
+    write_foreign_folder(folder, model.config, model.state_dict(), weight_map, values, kind="mamba")
+
+
+def write_foreign_folder(
+    folder: StrPath,
+    config: ModelConfig,
+    weights: Mapping[str, Tensor],
+    weight_map: Mapping[str, SourceWeight],
+    values: dict[str, Any],
+    *,
+    kind: str,
+    max_shard_bytes: int = 5 * 10**9,
+) -> None:
+    """Writes the weights of a model under foreign names, beside a foreign config.
+
+    Args:
+        folder: where to; replaced as a whole, safe against a kill at any moment.
+        config: of the model.
+        weights: our names -> tensors, `lm_head.weight` left out or ignored where embeddings are tied.
+        weight_map: our names -> what they are called there.
+        values: the content of `config.json`, to which the dtype is added.
+        kind: named in the manifest.
+        max_shard_bytes: weights beyond it are split into several files.
+
+    Raises:
+        CheckpointError: weights are missing or have other shapes.
+    """
     present = {
         name: tensor
         for name, tensor in weights.items()
@@ -315,12 +386,19 @@ def write_llama_folder(
     }
     _check_names(
         "the weights to save",
-        {ours: SourceWeight(ours, source.shape) for ours, source in weight_map.items()},
+        {ours: SourceWeight(ours, _our_shape(source)) for ours, source in weight_map.items()},
         {name: tuple(tensor.shape) for name, tensor in present.items()},
     )
-    tensors = {source.name: present[ours] for ours, source in weight_map.items()}
-    values["dtype"] = str(tensors["model.embed_tokens.weight"].dtype).removeprefix("torch.")
-    write_weights_folder(folder, tensors, values, max_shard_bytes=max_shard_bytes, kind="llama_style")
+    tensors = {
+        source.name: present[ours].unsqueeze(1) if source.has_middle_axis else present[ours]
+        for ours, source in weight_map.items()
+    }
+    values["dtype"] = str(present["embed_tokens.weight"].dtype).removeprefix("torch.")
+    write_weights_folder(folder, tensors, values, max_shard_bytes=max_shard_bytes, kind=kind)
+
+
+def _our_shape(source: SourceWeight) -> tuple[int, ...]:
+    return (source.shape[0], source.shape[2]) if source.has_middle_axis else source.shape
 
 
 def write_weights_folder(

@@ -137,7 +137,8 @@ def list_weights(folder: StrPath) -> dict[str, TensorInfo]:
         return read_header(folder / WEIGHTS_NAME)
     pickled = sorted(path.name for path in folder.glob("*.bin")) if folder.is_dir() else []
     hint = (
-        f" {pickled[0]} is a pickle file, which memzoo never reads; convert it to safetensors."
+        f" {pickled[0]} is a pickle file, which memzoo never reads: pickles can run code. Convert it to "
+        f"safetensors first; the guide of models says how."
         if pickled
         else ""
     )

@@ -1,15 +1,21 @@
 """State-space layers against stored numbers of the public references (ssm.md beside this file)."""
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import Tensor
 
 from memzoo.kernels import LinearState, linear_attention, selective_scan, use_backend
 from memzoo.layers import State, build_mixer
 from memzoo.layers.parts.norm import GatedRMSNorm
+from memzoo.models.checkpoints.folder import load_model
+from memzoo.models.checkpoints.mamba import mamba_weight_map
+from memzoo.models.decoder import MemoryLM
 
 DATA = np.load(Path(__file__).parent / "ssm_a.npz")
 
@@ -147,3 +153,84 @@ def check_layer_state(case: dict[str, Tensor], kind: str, layer: int, state: Sta
     assert_near(f"{kind} conv", state.tail.transpose(1, 2), case[f"{kind}.conv.{layer}"][..., 1:])
     memory = state.memory if state.memory.dim() == 3 else state.memory.transpose(2, 3)
     assert_near(f"{kind} ssm", memory, case[f"{kind}.ssm.{layer}"])
+
+
+LAYERS = {
+    "m1": {"d_state": 8, "d_conv": 4, "dt_rank": 4},
+    "m2": {"layer": "Mamba2", "d_state": 8, "d_conv": 4, "headdim": 16, "ngroups": 2},
+}
+
+
+@pytest.fixture(params=["m1", "m2"])
+def language_model(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[dict[str, Tensor], MemoryLM]:
+    """The stored model, read from a folder of the original code."""
+    case = load(request.param)
+    prefix = "param."
+    weights = {n.removeprefix(prefix): x.contiguous() for n, x in case.items() if n.startswith(prefix)}
+    save_file(weights, tmp_path / "model.safetensors")
+    config = {"d_model": 32, "n_layer": 2, "vocab_size": 48, "ssm_cfg": LAYERS[request.param]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    return case, load_model(tmp_path)
+
+
+def test_language_model_and_its_gradients(language_model: tuple[dict[str, Tensor], MemoryLM]) -> None:
+    case, model = language_model
+    out = model(case["input_ids"], return_hidden_states=True)
+    assert_near("logits", out.logits, case["logits"])
+    for layer, hidden in enumerate(case["hidden"]):
+        if layer < len(case["hidden"]) - 1:  # theirs begins behind the first block
+            assert_near(f"hidden {layer}", blocks_output(model, case["input_ids"], layer), hidden)
+    assert_near("last hidden", out.hidden_states[-1], case["hidden"][-1])
+    loss = F.cross_entropy(out.logits[:, :-1].flatten(0, 1), case["input_ids"][:, 1:].flatten())
+    assert_near("loss", loss, case["loss"].float())
+    loss.backward()
+    weight_map = mamba_weight_map(model.config, layout="state_spaces")
+    found = 0
+    for ours, parameter in model.named_parameters():
+        name = f"grad.{weight_map[ours].name}"
+        if name in case:
+            assert_near(name, parameter.grad, case[name].reshape(parameter.shape))
+            found += 1
+    assert found == len([name for name in case if name.startswith("grad.")]) >= 10
+
+
+def blocks_output(model: MemoryLM, ids: Tensor, layer: int) -> Tensor:
+    """The residual stream behind a block."""
+    hidden = model.embed(ids)
+    for block in model.blocks[: layer + 1]:
+        hidden = block.after_mixer(hidden, block.mixer(block.mixer_input(hidden)).hidden)
+    return hidden
+
+
+@torch.no_grad()
+def test_language_model_decodes(language_model: tuple[dict[str, Tensor], MemoryLM]) -> None:
+    case, model = language_model
+    prompt = int(case["prefill_len"])
+    out = model(case["input_ids"][:, :prompt], return_state=True)
+    assert_near("logits_prefill", out.logits, case["logits_prefill"])
+    for t in range(case["logits_steps"].shape[1]):
+        if t < 2:
+            for layer, state in enumerate(out.state.layers):
+                check_layer_state(case, ("state_prefill", "state_step1")[t], layer, state)
+        out = model.step(case["input_ids"][:, prompt + t], out.state)
+        assert_near(f"step {t}", out.logits, case["logits_steps"][:, t])
+    for layer, state in enumerate(out.state.layers):
+        check_layer_state(case, "state_final", layer, state)
+
+
+@torch.no_grad()
+def test_language_model_under_a_mask_and_in_segments(
+    language_model: tuple[dict[str, Tensor], MemoryLM],
+) -> None:
+    case, model = language_model
+    mask = case["attention_mask"].bool()
+    assert not mask.all()
+    masked = model(case["input_ids"], mask=mask).logits
+    assert_near("logits_masked", masked[mask], case["logits_masked"][mask])
+    segments = case["segments"].tolist() if "segments" in case else [5, 1, 4, 3]
+    pieces, state = [], None
+    for part in case["input_ids"].split(segments, dim=1):
+        out = model(part, state, return_state=True)
+        pieces.append(out.logits)
+        state = out.state
+    assert_near("segments", torch.cat(pieces, 1), case["logits"])

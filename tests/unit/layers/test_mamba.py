@@ -151,7 +151,7 @@ def test_rates_and_steps_stay_float32(name: str, dtype: torch.dtype) -> None:
         ({"type": "mamba2", "head_dim": 4, "num_groups": 3}, "3 groups for 8 heads"),
         ({"type": "mamba2", "head_dim": 4, "rate_range": (0.0, 1.0)}, "rate_range must be"),
         ({"type": "mamba2", "head_dim": 4, "dt_limit": (1.0, 0.5)}, "dt_limit must be"),
-        ({"type": "mamba2", "head_dim": 4, "norm_eps": 0.0}, "norm_eps must be above 0"),
+        ({"type": "mamba2", "head_dim": 4, "norm_eps": 0.0}, "norm_eps must be a number between 0 and 1"),
     ],
 )
 def test_errors_name_the_thing(changes: dict[str, object], message: str) -> None:
