@@ -1,14 +1,17 @@
-"""Linear attention: a matrix state per head, decay none or per head, optional normaliser."""
+"""Linear attention: a matrix state per head with an additive or a corrected write, decays and normaliser."""
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..autograd import without_autocast
 from ..backend import choose_backend
-from ..checks import check_dtypes, check_rank
 from ..layout import sequence_lengths
+from .arguments import check_arguments, check_state
 from .chunked import linear_attention_torch
 from .external import can_run_fla, linear_attention_fla
+from .general import linear_attention_general
 from .reference import linear_attention_reference
 from .single import linear_attention_single
 from .types import LinearState
@@ -25,6 +28,8 @@ def linear_attention(
     v: Tensor,
     *,
     g: Tensor | None = None,
+    beta: Tensor | None = None,
+    rule: str = "additive",
     normalize: bool = False,
     scale: float | None = None,
     eps: float = 1e-6,
@@ -34,10 +39,19 @@ def linear_attention(
     chunk_size: int = 64,
     backend: str = "auto",
 ) -> tuple[Tensor, LinearState | None]:
-    """Linear attention with the additive write rule.
+    """Linear attention: the past of a head is one matrix, which decays, is written to and is read.
 
-        S_t = exp(g_t) S_{t-1} + k_t v_t^T,   o_t = (scale q_t) S_t
-        with normalize:  n_t = exp(g_t) n_{t-1} + k_t,   o_t = (scale q_t) S_t / ((scale q_t) . n_t + eps)
+        S~_t = Diag(exp(g_t)) S_{t-1}
+        additive:   S_t = S~_t + k_t^T beta_t v_t
+        delta:      S_t = S~_t + k_t^T beta_t (v_t - k_t S~_t)
+        o_t  = (scale q_t) S_t
+        with normalize:
+        n_t  = exp(g_t) n_{t-1} + beta_t k_t,   o_t = (scale q_t) S_t / ((scale q_t) . n_t + eps)
+
+    Additive: linear attention (arXiv 2006.16236) without decay; RetNet (2307.08621), Mamba-2 (2405.21060) and
+    simple GLA with one decay per head; GLA (2312.06635) with one per key channel. Delta: DeltaNet
+    (2102.11174, 2406.06484) without decay; Gated DeltaNet (2412.06464) with one per head; Kimi Delta
+    Attention (2510.26692) with one per key channel.
 
     Heads may be grouped on one side: several value heads per query and key head (H = Hk, HV a multiple of
     it), or several query heads per key and value head (Hk = HV, H a multiple of it). Sums are float32
@@ -45,10 +59,16 @@ def linear_attention(
 
     Args:
         q: (B, T, H, K); T = 0 is allowed.
-        k: (B, T, Hk, K).
+        k: (B, T, Hk, K). For the delta rule of length at most 1 (with beta |k|^2 above 2 the state grows
+            without bound).
         v: (B, T, HV, V).
-        g: (B, T, Hk) or (B, T, HV) log-decay, at most 0, or None for no decay.
-        normalize: divide by the weight of the read keys; needs feature maps that keep it positive.
+        g: log-decay, at most 0, or None for no decay. One per head, (B, T, Hk) or (B, T, HV), or one per key
+            channel, (B, T, Hk, K) or (B, T, HV, K).
+        beta: (B, T, HV) or None for 1. Delta: the step of the correction, in [0, 2]. Additive: a factor of
+            the write, any number.
+        rule: "additive" or "delta".
+        normalize: divide by the weight of the read keys; needs feature maps that keep it positive. Additive
+            only.
         scale: factor on q, default K ** -0.5.
         eps: added to the weight before the division.
         initial_state: state of the tokens read before, one row per sequence; None for none.
@@ -62,126 +82,55 @@ def linear_attention(
         The output (B, T, max(H, HV), V) in the dtype of q, and the state or None.
 
     Raises:
-        ValueError: sizes that do not agree, g above 0, a state of another number of sequences, or a
-            normalised call that continues a state without normaliser.
+        ValueError: sizes that do not agree, g above 0, beta of the delta rule outside [0, 2], a normalised
+            delta rule, a state of another number of sequences, or a normalised call that continues a state
+            without normaliser.
     """
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        check_rank(name, x, "(B, T, H, K)")
-    check_dtypes(q=q, k=k, v=v)
-    if not q.shape[:2] == k.shape[:2] == v.shape[:2]:
-        raise ValueError(
-            "q, k and v must agree in batch and tokens, got "
-            f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)}."
-        )
-    if q.shape[3] != k.shape[3]:
-        raise ValueError(f"q and k must have one width per head, got {q.shape[3]} and {k.shape[3]}.")
-    num_heads, num_key_heads, num_value_heads = q.shape[2], k.shape[2], v.shape[2]
-    if (
-        num_key_heads < 1
-        or num_heads % num_key_heads
-        or num_value_heads % num_key_heads
-        or num_key_heads not in (num_heads, num_value_heads)
-    ):
-        raise ValueError(
-            "the number of key heads must divide the heads of q and v and equal one of them, got "
-            f"q {num_heads}, k {num_key_heads} and v {num_value_heads} heads."
-        )
-    if g is not None:
-        _check_decay(g, q, k, v, normalize)
-    if chunk_size < 1:
-        raise ValueError(f"chunk_size must be at least 1, got {chunk_size}.")
-    if eps < 0:
-        raise ValueError(f"eps must not be negative, got {eps}.")
+    check_arguments(q, k, v, g, beta, rule=rule, normalize=normalize, eps=eps, chunk_size=chunk_size)
     lengths = sequence_lengths(cu_seqlens, q.shape[0], q.shape[1])
     acc = torch.float64 if q.dtype == torch.float64 else torch.float32
     if initial_state is not None:
-        _check_state(initial_state, k, v, len(lengths), acc, normalize)
+        check_state(initial_state, k, v, len(lengths), acc, normalize)
     scale = q.shape[3] ** -0.5 if scale is None else scale
-    eligible = ("fla", "torch") if can_run_fla(q, k, v, normalize) else ("torch",)
+    is_plain = rule == "additive" and (g is None or g.dim() == 3)
+    eligible = ("fla", "torch") if is_plain and can_run_fla(q, k, v, normalize) else ("torch",)
     chosen = choose_backend("linear_attention", backend, eligible)
     # sums stay in the accumulation dtype: autocast must not round the matmuls that make them
     with without_autocast(q.device):
+        options: dict[str, Any] = {
+            "normalize": normalize,
+            "scale": scale,
+            "eps": eps,
+            "initial_state": initial_state,
+        }
         if chosen == "reference":
-            output, state = linear_attention_reference(
-                q, k, v, g, lengths, normalize=normalize, scale=scale, eps=eps, initial_state=initial_state
-            )
+            output, state = linear_attention_reference(q, k, v, g, beta, lengths, rule=rule, **options)
             return output, state if return_state else None
+        if chosen == "torch" and cu_seqlens is None and q.shape[1] == 1:
+            output, state = linear_attention_single(q, k, v, g, beta, rule=rule, **options)
+            return output, state if return_state else None
+        chunks: dict[str, Any] = {
+            "is_packed": cu_seqlens is not None,
+            "return_state": return_state,
+            "chunk_size": chunk_size,
+        }
+        if not is_plain:
+            return linear_attention_general(q, k, v, g, beta, lengths, rule=rule, **chunks, **options)
+        if beta is not None:
+            # the normaliser sums what is written, so it has to be the keys that carry the factor
+            if normalize:
+                k = k.to(acc) * beta[..., None]
+            else:
+                v = v.to(acc) * beta[..., None]
         if chosen == "fla":
             return linear_attention_fla(
                 q,
                 k,
-                v,
+                v.to(q.dtype),
                 g,
                 scale=scale,
                 initial_state=initial_state,
                 return_state=return_state,
                 cu_seqlens=cu_seqlens,
             )
-        if cu_seqlens is None and q.shape[1] == 1:
-            output, state = linear_attention_single(
-                q, k, v, g, normalize=normalize, scale=scale, eps=eps, initial_state=initial_state
-            )
-            return output, state if return_state else None
-        return linear_attention_torch(
-            q,
-            k,
-            v,
-            g,
-            lengths,
-            is_packed=cu_seqlens is not None,
-            normalize=normalize,
-            scale=scale,
-            eps=eps,
-            initial_state=initial_state,
-            return_state=return_state,
-            chunk_size=chunk_size,
-        )
-
-
-def _check_decay(g: Tensor, q: Tensor, k: Tensor, v: Tensor, normalize: bool) -> None:
-    num_key_heads, num_value_heads = k.shape[2], v.shape[2]
-    if g.dim() != 3 or g.shape[:2] != q.shape[:2] or g.shape[2] not in (num_key_heads, num_value_heads):
-        raise ValueError(
-            f"g must have shape {(*q.shape[:2], num_key_heads)} or {(*q.shape[:2], num_value_heads)}: one "
-            "log-decay per "
-            f"token and key or value head, got {tuple(g.shape)}."
-        )
-    if normalize and g.shape[2] != num_key_heads:
-        raise ValueError(
-            f"normalize needs one decay per key head ({num_key_heads}), because the normaliser is a sum of "
-            "keys, "
-            f"got {g.shape[2]}."
-        )
-    if not torch.compiler.is_compiling() and g.device.type == "cpu" and g.numel() and g.detach().amax() > 0:
-        raise ValueError(
-            f"g is a log-decay and must be at most 0, got a maximum of {g.detach().amax().item():.6g}."
-        )
-
-
-def _check_state(
-    state: LinearState, k: Tensor, v: Tensor, num_sequences: int, acc: torch.dtype, normalize: bool
-) -> None:
-    expected = (num_sequences, v.shape[2], k.shape[3], v.shape[3])
-    if tuple(state.memory.shape) != expected:
-        raise ValueError(
-            f"initial_state.memory must have shape {expected} = (sequences, value heads, key width, value "
-            "width), got "
-            f"{tuple(state.memory.shape)}. Select the rows of the state that continue in this call."
-        )
-    if normalize and state.normalizer is None:
-        raise ValueError(
-            "normalize=True continues a sum of keys, but initial_state has only its memory. "
-            "Give LinearState(memory, normalizer), or start with initial_state=None."
-        )
-    expected_normalizer = (num_sequences, k.shape[2], k.shape[3])
-    if normalize and state.normalizer is not None and tuple(state.normalizer.shape) != expected_normalizer:
-        raise ValueError(
-            f"initial_state.normalizer must have shape {expected_normalizer} = "
-            f"(sequences, key heads, key width), got {tuple(state.normalizer.shape)}."
-        )
-    if state.memory.dtype != acc or (
-        normalize and state.normalizer is not None and state.normalizer.dtype != acc
-    ):
-        raise ValueError(
-            f"the state of a call with {k.dtype} inputs must be {acc}, got {state.memory.dtype}."
-        )
+        return linear_attention_torch(q, k, v, g, lengths, **chunks, **options)

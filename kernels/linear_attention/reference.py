@@ -1,9 +1,11 @@
-"""Linear attention by the definition, token by token (additive rule of the recurrence).
+"""Linear attention by the definition, token by token.
 
-S_t = exp(g_t) S_{t-1} + k_t v_t^T
-n_t = exp(g_t) n_{t-1} + k_t
-o_t = (scale q_t) S_t                      without normaliser
-o_t = (scale q_t) S_t / ((scale q_t) . n_t + eps)
+S~_t = Diag(exp(g_t)) S_{t-1}                              g_t one number per head, or one per key channel
+S_t  = S~_t + k_t^T beta_t v_t                             rule "additive"
+S_t  = S~_t + k_t^T beta_t (v_t - k_t S~_t)                rule "delta"
+n_t  = exp(g_t) n_{t-1} + beta_t k_t
+o_t  = (scale q_t) S_t                                     without normaliser
+o_t  = (scale q_t) S_t / ((scale q_t) . n_t + eps)         with normaliser
 """
 
 import torch
@@ -20,8 +22,10 @@ def linear_attention_reference(
     k: Tensor,
     v: Tensor,
     g: Tensor | None,
+    beta: Tensor | None,
     lengths: tuple[int, ...],
     *,
+    rule: str,
     normalize: bool,
     scale: float,
     eps: float,
@@ -31,7 +35,9 @@ def linear_attention_reference(
     acc = torch.float64 if q.dtype == torch.float64 else torch.float32
     num_heads, num_value_heads, num_key_heads = q.shape[2], v.shape[2], k.shape[2]
     rows = [x.to(acc).flatten(0, 1).split(list(lengths)) for x in (q, k, v)]
-    rows_g = None if g is None else g.to(acc).flatten(0, 1).split(list(lengths))
+    rows_g, rows_beta = (
+        None if x is None else x.to(acc).flatten(0, 1).split(list(lengths)) for x in (g, beta)
+    )
     outputs, memories, normalizers = [], [], []
     for n, length in enumerate(lengths):
         if initial_state is None:
@@ -43,14 +49,19 @@ def linear_attention_reference(
         for t in range(length):
             q_t, k_t, v_t = (x[n][t] for x in rows)
             if rows_g is not None:
-                decay = rows_g[n][t].exp()
-                memory = memory * _repeat(decay, num_value_heads)[:, None, None]
-                normalizer = normalizer * decay[:, None] if normalize else normalizer
-            memory = memory + torch.einsum("hk,hv->hkv", _repeat(k_t, num_value_heads), v_t)  # (HV, K, V)
+                decay = rows_g[n][t].exp().reshape(rows_g[n].shape[1], -1)  # (Hk or HV, 1 or K)
+                memory = memory * _repeat(decay, num_value_heads)[..., None]
+                normalizer = normalizer * decay if normalize else normalizer
+            write = v_t
+            if rule == "delta":
+                write = v_t - torch.einsum("hk,hkv->hv", _repeat(k_t, num_value_heads), memory)
+            if rows_beta is not None:
+                write = write * rows_beta[n][t][:, None]
+            memory = memory + torch.einsum("hk,hv->hkv", _repeat(k_t, num_value_heads), write)  # (HV, K, V)
             out_heads = max(num_heads, num_value_heads)
             out = torch.einsum("hk,hkv->hv", _repeat(q_t, out_heads) * scale, _repeat(memory, out_heads))
             if normalize:
-                normalizer = normalizer + k_t  # (Hk, K)
+                normalizer = normalizer + (k_t if rows_beta is None else k_t * rows_beta[n][t][:, None])
                 weight = torch.einsum(
                     "hk,hk->h", _repeat(q_t, out_heads) * scale, _repeat(normalizer, out_heads)
                 )

@@ -137,9 +137,27 @@ class TestGolden:
         )
         check(case, inputs, output, [state.memory], bound)
 
+    @pytest.mark.parametrize("name", ["gla", "delta", "delta_neg", "gdn", "kda"])
+    def test_other_decays_and_the_delta_rule(
+        self, name: str, backend: str, chunk_size: int, dtype: torch.dtype, bound: float
+    ) -> None:
+        case = load(name, dtype)
+        given = [x for x in ("q", "k", "v", "g", "beta") if x in case]
+        inputs = leaves(case, *given, "s0")
+        output, state = linear_attention(
+            **{x: inputs[x] for x in given},
+            rule="additive" if name == "gla" else "delta",
+            initial_state=LinearState(inputs["s0"]),
+            return_state=True,
+            backend=backend,
+            chunk_size=chunk_size,
+        )
+        check(case, inputs, output, [state.memory], bound)
+
 
 def test_state_cases_are_compared() -> None:
     """Guards the `in case` of `check`: these cases do have final states."""
     assert "final_state" in load("linear", torch.float64)
     assert "final_state1" in load("linear_norm", torch.float64)
-    assert "final_state" in load("simple_gla", torch.float64)
+    for name in ("simple_gla", "gla", "delta", "delta_neg", "gdn", "kda"):
+        assert "final_state" in load(name, torch.float64)
