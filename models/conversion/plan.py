@@ -11,6 +11,7 @@ from typing import Any
 from ...layers.contract import MixerConfig, suggest
 from ...layers.registry import mixer_entry
 from ..config import ModelConfig
+from .weight_maps import sizes_like
 
 # "even_odd" converts the even blocks (Wang et al., arXiv 2408.15237); the last two need measured scores.
 SELECTION_METHODS = ("uniform", "even_odd", "mse", "loss")
@@ -164,7 +165,7 @@ def complete_entry(entry: Mapping[str, Any], old: Mapping[str, Any]) -> dict[str
         for name, value in old.items()
         if name in known and name not in ("type", "d_model", "mixers")
     }
-    merged = {**inherited, **copy.deepcopy(dict(entry))}
+    merged = {**inherited, **sizes_like(str(entry.get("type")), old), **copy.deepcopy(dict(entry))}
     if isinstance(merged.get("mixers"), (list, tuple)):
         merged["mixers"] = [
             complete_entry(inner, old) if isinstance(inner, Mapping) else inner for inner in merged["mixers"]

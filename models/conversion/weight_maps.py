@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +24,9 @@ _INSIDE = re.compile(r"^(mixers\.\d+\.)+")
 _PER_KEY_HEAD = re.compile(r"(k_proj|v_proj)\.(weight|bias)")
 
 WeightMap = Callable[[MixerConfig, MixerConfig], "Mapping[str, WeightSource | StackedSource]"]
+Sizes = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 _WEIGHT_MAPS: dict[str, WeightMap] = {}
+_SIZES: dict[str, Sizes] = {}
 
 
 @dataclass(frozen=True)
@@ -146,8 +149,29 @@ def attention_in_mamba2(source: MixerConfig, target: MixerConfig) -> dict[str, W
     return {"in_proj.weight": StackedSource(parts), "out_proj.weight": WeightSource("o_proj.weight")}
 
 
-def register_weight_map(mixer_type: str, function: WeightMap) -> None:
+def mamba2_like_attention(old: Mapping[str, Any]) -> dict[str, Any]:
+    """Groups and state widths with which Mamba-2 takes over all projections of an attention layer."""
+    heads, width, d_model = (old.get(name) or 0 for name in ("num_heads", "head_dim", "d_model"))
+    if not heads or not d_model or heads * width % d_model:
+        return {}
+    return {"d_state": width, "num_groups": heads, "expand": heads * width // d_model}
+
+
+def sizes_like(mixer_type: str, old: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Fields that a new mixer needs so that it can take over the weights of the one it replaces.
+
+    Args:
+        mixer_type: of the new mixer.
+        old: fields of the mixer that is replaced.
+    """
+    return _SIZES[mixer_type](old) if mixer_type in _SIZES else {}
+
+
+def register_weight_map(mixer_type: str, function: WeightMap, sizes: Sizes | None = None) -> None:
     """Uses `function(source, target)` as the map for every new mixer of a type, in place of equal names.
+
+    Args:
+        sizes: fields of the new mixer, from those of the mixer it replaces; what a plan says goes first.
 
     Raises:
         ValueError: the type has a map of its own already.
@@ -155,6 +179,8 @@ def register_weight_map(mixer_type: str, function: WeightMap) -> None:
     if mixer_type in _WEIGHT_MAPS:
         raise ValueError(f"mixer type {mixer_type!r} has a weight map already. Register it once.")
     _WEIGHT_MAPS[mixer_type] = function
+    if sizes is not None:
+        _SIZES[mixer_type] = sizes
 
 
 def expand_gqa(weight: Tensor, num_kv_heads: int, groups: int) -> Tensor:
@@ -190,4 +216,4 @@ def _head_groups(source: MixerConfig, name: str, old: Tensor, new: Tensor) -> in
     return int(groups) if new.shape[0] == groups * old.shape[0] else 0
 
 
-register_weight_map("mamba2", attention_in_mamba2)
+register_weight_map("mamba2", attention_in_mamba2, mamba2_like_attention)

@@ -218,7 +218,7 @@ def test_rows_of_a_fused_projection_come_from_several_sources(monkeypatch: pytes
 
 def test_attention_becomes_mamba2_with_its_projections() -> None:
     source = teacher()
-    target = {"type": "mamba2", "d_state": 6, "num_groups": 4, "expand": 1, "conv_size": 2}
+    target = {"type": "mamba2", "conv_size": 2}  # groups and widths follow from the attention
     student, report = convert(source, target, layers=[1])
     mixer, old = student.blocks[1].mixer, source.blocks[1].mixer
     z, x, b, c, dt = mixer.in_proj.weight.split([24, 24, 24, 24, 4])
