@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import mixer_tables
 import record_tables
 import torch
 from record_tables import markdown, readable
@@ -108,7 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stale.append(FIGURES / f"{name}.svg")
             if not options.check:
                 draw(name)
-    for path, data, drawn in record_tables.figures():
+    for path, data, drawn in (*record_tables.figures(), *mixer_tables.figures()):
         if figure_data(path) != data:
             stale.append(path)
             if not options.check:
@@ -372,6 +373,7 @@ TABLES: dict[str, Callable[[str, Path], str]] = {
     "fields": field_table,
     "costs": cost_table,
     "feature_maps": feature_map_table,
+    **mixer_tables.TABLES,
     **record_tables.TABLES,
 }
 
