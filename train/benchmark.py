@@ -50,6 +50,7 @@ def time_mixer(
     for name, value in (
         ("batch_size", batch_size),
         ("repetitions", repetitions),
+        ("threads", 1 if threads is None else threads),
         *(("lengths", n) for n in lengths),
     ):
         if value < 1:

@@ -50,7 +50,7 @@ class PositionLosses:
 
     @property
     def perplexity(self) -> float:
-        return math.exp(self.loss)
+        return perplexity_of(self.loss)
 
     def buckets(self, edges: Sequence[int] | None = None) -> list[dict[str, Any]]:
         """Losses by position in the window.
@@ -73,7 +73,7 @@ class PositionLosses:
                     "first": low,
                     "last": high - 1,
                     "loss": float(part.mean()),
-                    "perplexity": math.exp(float(part.mean())),
+                    "perplexity": perplexity_of(float(part.mean())),
                     "window_losses": [float(value) for value in part.mean(dim=1)],
                 }
             )
@@ -91,6 +91,14 @@ class PositionLosses:
             "by_position": self.buckets(edges),
             "tokens_per_second": self.losses.numel() / max(self.seconds, 1e-9),
         }
+
+
+def perplexity_of(loss: float) -> float:
+    """exp(loss), infinite where that is more than a float holds: broken models lose more than 709 nats."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
 
 
 def position_edges(length: int) -> list[int]:
@@ -191,7 +199,12 @@ def recall_on_mqar(model: MemoryLM, config: MQARConfig, *, batch_size: int = 100
 
     Returns:
         ``accuracy`` (mean over examples), its standard error over examples, and ``num_examples``.
+
+    Raises:
+        ValueError: a batch size below 1, or a model with too small a vocabulary.
     """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
     if config.vocab_size > model.config.vocab_size:
         raise ValueError(
             f"the task has {config.vocab_size} tokens, the model {model.config.vocab_size}. "
@@ -220,8 +233,14 @@ def compare_records(a: Mapping[str, Any], b: Mapping[str, Any], confidence: floa
     """Paired difference ``a - b`` of two perplexity records, in nats per token.
 
     Raises:
-        ValueError: the records do not come from the same windows of the same text.
+        ValueError: they are no perplexity records, or not of the same windows of the same text.
     """
+    for record in (a, b):
+        if "window_losses" not in record["results"]:
+            raise ValueError(
+                f"the record of {record.get('name')!r} has no losses of windows to pair. "
+                "Give two records that `memzoo evaluate perplexity` wrote."
+            )
     for key in ("text", "tokenizer", "window_size", "first_token"):
         if a["config"].get(key) != b["config"].get(key):
             raise ValueError(

@@ -56,6 +56,8 @@ def evaluate_perplexity(
     source = model_place(model)
     is_file = Path(text).suffix in (".txt", ".jsonl")
     documents = read_documents(text) if is_file else [item.text for item in load_text(text)]
+    if not documents:
+        raise ValueError(f"{text!r} holds no document. Give a text with at least one.")
     if not 0 <= document < len(documents):
         raise ValueError(
             f"{text!r} has {len(documents)} documents, number {document} is not one of them. "
@@ -187,7 +189,7 @@ def evaluate_speed(
         "decode_tokens": decode_tokens,
         "repetitions": repetitions,
     }
-    check_sizes(lengths, **sizes)
+    check_sizes(lengths, **sizes, **({} if threads is None else {"threads": threads}))
     if threads is not None:
         torch.set_num_threads(threads)
     loaded = load_for_use(model_place(model), device, dtype)

@@ -89,8 +89,12 @@ def read_record(path: str | os.PathLike[str]) -> dict[str, Any]:
         record = json.loads(Path(path).read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not a JSON record ({error}). Write records with write_record.") from None
-    if not isinstance(record, dict) or not {"format_version", "name", "results"} <= set(record):
-        raise ValueError(f"{path} is JSON but not a record: it lacks format_version, name or results.")
+    kinds = {"format_version": int, "name": str, "config": dict, "results": dict}
+    if not isinstance(record, dict) or not all(isinstance(record.get(key), kinds[key]) for key in kinds):
+        raise ValueError(
+            f"{path} is JSON but not a record: it lacks {', '.join(kinds)}, or has them of another kind. "
+            "Give a file that `memzoo evaluate`, `bench` or `convert` wrote."
+        )
     if record["format_version"] > FORMAT_VERSION:
         raise ValueError(
             f"{path} has record format {record['format_version']}, but this version reads up to "

@@ -60,7 +60,10 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
     [
         ("{", "not a JSON record"),
         ("[]", "not a record"),
-        ('{"format_version": 99, "name": "", "results": {}}', "Update memzoo"),
+        ('{"format_version": 1, "name": "x", "results": {}}', "not a record: it lacks"),
+        ('{"format_version": "1", "name": "x", "config": {}, "results": {}}', "not a record: it lacks"),
+        ('{"format_version": 1, "name": "x", "config": {}, "results": []}', "not a record: it lacks"),
+        ('{"format_version": 99, "name": "", "config": {}, "results": {}}', "Update memzoo"),
     ],
 )
 def test_what_is_no_record_is_refused(tmp_path: Path, content: str, message: str) -> None:

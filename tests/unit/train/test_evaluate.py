@@ -126,6 +126,8 @@ def test_recall_is_the_mean_over_examples() -> None:
     assert found["accuracy"] == pytest.approx(0.9)
     assert found["standard_error"] == pytest.approx(0.1)
     assert found["num_examples"] == 10
+    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
+        recall_on_mqar(Oracle(task), task, batch_size=0)
     with pytest.raises(ValueError, match="the task has 128 tokens, the model 64"):
         recall_on_mqar(MemoryLM(CONFIG), MQARConfig(vocab_size=128, num_examples=1))
 
@@ -135,11 +137,20 @@ def record(losses: list[float], **config: object) -> dict[str, object]:
     return {"config": settings, "results": {"starts": [0, 4, 8], "window_losses": losses}}
 
 
+def test_a_loss_beyond_all_bounds_is_an_infinite_perplexity() -> None:
+    losses = PositionLosses(torch.full((1, 4), 800.0), (0,), 1.0)
+    found = losses.to_dict()
+    assert found["loss"] == 800.0
+    assert found["perplexity"] == found["by_position"][0]["perplexity"] == math.inf
+
+
 def test_records_are_compared_window_by_window() -> None:
     difference = compare_records(record([1.0, 2.0, 3.0]), record([1.1, 2.2, 3.3]))
     assert difference.mean == pytest.approx(-0.2)
     with pytest.raises(ValueError, match="text is 'emma' in one and 'moby_dick' in the other"):
         compare_records(record([1, 2, 3]), record([1, 2, 3], text="moby_dick"))
+    with pytest.raises(ValueError, match="the record of 'evaluate/mqar' has no losses of windows"):
+        compare_records({"name": "evaluate/mqar", "config": {}, "results": {}}, record([1, 2, 3]))
     shifted = record([1, 2, 3])
     shifted["results"]["starts"] = [1, 5, 9]
     with pytest.raises(ValueError, match="start at different tokens"):
