@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,6 +55,11 @@ def generate(
         dtype: precision of the weights.
     """
     _check_flags(prompt, prompt_file, state, max_new_tokens, temperature, num_beams, chunk_size, chat)
+    if top_k < 0 or not 0 < top_p <= 1:
+        raise ValueError(
+            f"top_k must be at least 0 and top_p above 0 and at most 1, got {top_k} and {top_p}. "
+            "0 and 1 restrict nothing."
+        )
     import torch
 
     from ..models.checkpoints.folder import read_model_config
@@ -138,9 +144,10 @@ def _check_flags(
         raise ValueError(
             f"max_new_tokens must be at least 1, got {max_new_tokens}. 0 only reads and needs --state FILE."
         )
-    if temperature < 0:
+    if not 0 <= temperature < math.inf:
         raise ValueError(
-            f"temperature must not be negative, got {temperature}. Use 0 for the most likely token."
+            f"temperature must be finite and not negative, got {temperature}. "
+            "Use 0 for the most likely token."
         )
     for name, size in (("num_beams", num_beams), ("chunk_size", chunk_size)):
         if size < 1:
@@ -158,6 +165,9 @@ def _check_flags(
 
 def _prompt_text(prompt: str | None, prompt_file: str | None) -> str:
     """The file, then the prompt."""
+    from .data.documents import check_characters
+
+    check_characters(prompt or "", "--prompt")
     if prompt_file is None:
         return prompt or ""
     path = Path(prompt_file)

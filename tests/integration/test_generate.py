@@ -278,6 +278,11 @@ def test_mistakes_are_found_before_the_model_is_loaded(
             ("must be at least 1, got -1", "--prompt", "x", "--max_new_tokens", "-1"),
             ("num_beams must be at least 1", "--prompt", "x", "--num_beams", "0"),
             ("chunk_size must be at least 1", "--prompt", "x", "--chunk_size", "0"),
+            ("must be finite and not negative, got nan", "--prompt", "x", "--temperature", ".nan"),
+            ("top_p above 0 and at most 1, got 0 and 2.0", "--prompt", "x", "--top_p", "2"),
+            ("top_k must be at least 0", "--prompt", "x", "--top_k", "-1"),
+            ("--prompt: character 1 of the text is \\udcff", "--prompt", "a\udcff"),
+            ("the tokenizer in 'broken' cannot be read", "--prompt", "x", "--tokenizer", "broken"),
             ("there is no file 'bok.txt'", "--prompt_file", "bok.txt"),
             ("not UTF-8 text", "--prompt_file", "binary"),
             ("the prompt is empty", "--prompt", ""),
@@ -286,6 +291,8 @@ def test_mistakes_are_found_before_the_model_is_loaded(
             ("results cannot be written", "--prompt", "x", "--state", "book.txt/s"),
         ):
             (workplace / "binary").write_bytes(b"\xff\xfe\x00")
+            (workplace / "broken").mkdir(exist_ok=True)
+            (workplace / "broken" / "tokenizer.json").write_text("{")
             assert message in says(*model, *arguments, status=2), arguments
         byte_tokenizer().save_pretrained("plain")
         plain = (*model, "--tokenizer", "plain", "--chat", "--prompt", "x")

@@ -43,7 +43,13 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerFast:
 
     from ...models import hf  # noqa: F401  # registers our model type, of which transformers warns otherwise
 
-    return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    try:
+        return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # the library underneath raises bare exceptions for damaged files
+        raise ValueError(
+            f"the tokenizer in {source!r} cannot be read ({' '.join(str(error).split()):.200}). "
+            "Save it there again with tokenizer.save_pretrained(folder)."
+        ) from error
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
