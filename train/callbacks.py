@@ -125,8 +125,15 @@ class SaveModelFolder(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.fast_dev_run or not trainer.is_global_zero:
             return
+        from ..models.conversion import first_not_finite
         from ..models.hf import save_model
 
+        broken = first_not_finite(pl_module.model.named_parameters())
+        if broken is not None:
+            raise ValueError(
+                f"the weight {broken} is not finite after the last step, so no model is written"
+                f"{way_on(trainer, None)}, with a lower model.optimizer.lr or trainer.gradient_clip_val."
+            )
         folder = Path(self.folder or Path(trainer.log_dir or trainer.default_root_dir) / "model")
         try:
             save_model(pl_module.model, folder, getattr(trainer.datamodule, "tokenizer", None))

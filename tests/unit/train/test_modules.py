@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from memzoo.models.config import ModelConfig
 from memzoo.models.decoder import MemoryLM
+from memzoo.train.callbacks import SaveModelFolder
 from memzoo.train.checkpointing import FolderCheckpointIO
 from memzoo.train.data.batches import BatchSource, ResumableLoader, TokenBatch
 from memzoo.train.data.text import TextDataModule
@@ -386,6 +387,11 @@ def test_weights_that_are_not_finite_never_replace_a_checkpoint(tmp_path: Path) 
         trainer(tmp_path, **options).fit(build(SMALL), Data())
     weights = FolderCheckpointIO().load_checkpoint(tmp_path / "last.ckpt")["state_dict"]
     assert all(weight.isfinite().all() for weight in weights.values())
+    with pytest.raises(ValueError, match=r"embed_tokens.weight is not finite .* no model is written"):
+        trainer(tmp_path, callbacks=[Breaks(), SaveModelFolder(str(tmp_path / "model"))]).fit(
+            build(SMALL), Data()
+        )
+    assert not list((tmp_path / "model").iterdir())
 
 
 def test_a_checkpoint_without_memory_is_reported(caplog: pytest.LogCaptureFixture) -> None:
