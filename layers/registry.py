@@ -14,6 +14,7 @@ from .linear_attention import LinearAttention, LinearAttentionConfig
 from .lolcats import Lolcats, LolcatsConfig
 from .mamba1 import Mamba1, Mamba1Config
 from .mamba2 import Mamba2, Mamba2Config
+from .mamba3 import Mamba3, Mamba3Config
 from .parallel import Parallel, ParallelConfig
 from .sequential import Sequential, SequentialConfig
 from .sliding_window import SlidingWindowAttention, SlidingWindowConfig
@@ -121,6 +122,7 @@ register_mixer("linear_attention", LinearAttention, LinearAttentionConfig)
 register_mixer("lolcats", Lolcats, LolcatsConfig)
 register_mixer("mamba1", Mamba1, Mamba1Config)
 register_mixer("mamba2", Mamba2, Mamba2Config)
+register_mixer("mamba3", Mamba3, Mamba3Config)
 register_mixer("parallel", Parallel, ParallelConfig)
 register_mixer("sequential", Sequential, SequentialConfig)
 register_mixer("sliding_window", SlidingWindowAttention, SlidingWindowConfig)

@@ -67,6 +67,7 @@ SUBJECTS: dict[str, list[tuple[str, dict[str, Any]]]] = {
         ("`mamba1`", {"type": "mamba1", "d_model": 1024}),
         ("`mamba2`", {"type": "mamba2", "d_model": 1024}),
         ("`mamba2`, d_state 64", {"type": "mamba2", "d_model": 1024, "d_state": 64}),
+        ("`mamba3`", {"type": "mamba3", "d_model": 1024}),
     ],
     "composites": [
         FULL,

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from memzoo.kernels import LinearState, linear_attention, selective_scan, use_backend
 from memzoo.layers import State, build_mixer
+from memzoo.layers.contract import build_context
+from memzoo.layers.mamba3 import Mamba3
 from memzoo.layers.parts.norm import GatedRMSNorm
 from memzoo.models.checkpoints.folder import load_model
 from memzoo.models.checkpoints.mamba import mamba_weight_map
@@ -153,6 +155,76 @@ def check_layer_state(case: dict[str, Tensor], kind: str, layer: int, state: Sta
     assert_near(f"{kind} conv", state.tail.transpose(1, 2), case[f"{kind}.conv.{layer}"][..., 1:])
     memory = state.memory if state.memory.dim() == 3 else state.memory.transpose(2, 3)
     assert_near(f"{kind} ssm", memory, case[f"{kind}.ssm.{layer}"])
+
+
+def mamba3_core(case: dict[str, Tensor], dtype: torch.dtype) -> tuple[Mamba3, dict[str, Tensor]]:
+    """A layer with the biases of the file, and what it is given between projections and gate."""
+    config = {"type": "mamba3", "d_model": 12, "d_state": 8, "head_dim": 6, "num_groups": 2}
+    mixer = build_mixer({**config, "chunk_size": 4}).to(dtype)
+    with torch.no_grad():
+        for name in ("B_bias", "C_bias", "D"):
+            getattr(mixer, name).copy_(case[name].view_as(getattr(mixer, name)))
+    names = {
+        "read": "C",
+        "write": "B",
+        "x": "x",
+        "delta": "dt",
+        "rates": "A",
+        "trap": "trap",
+        "angle": "angle",
+    }
+    given = {ours: case[theirs].to(dtype) for ours, theirs in names.items()}
+    for name in ("delta", "rates", "trap"):
+        given[name] = given[name].transpose(1, 2)  # (B, T, H)
+    given["trap"] = given["trap"].sigmoid()
+    return mixer, given
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize("pieces", [[11], [1] * 11, [4, 0, 7]])
+@torch.no_grad()
+def test_mamba3_recurrence(pieces: list[int], backend: str) -> None:
+    case = load("m3")
+    mixer, given = mamba3_core(case, torch.float32)
+    outputs, state, at = [], mixer.init_state(2), 0
+    for length in pieces:
+        ctx = build_context((2, length), torch.device("cpu"), num_seen=state.num_tokens, return_state=True)
+        part = {name: x[:, at : at + length] for name, x in given.items()}
+        with use_backend(backend):
+            y, state = mixer.recur(**part, ctx=ctx, state=state)
+        outputs.append(y)
+        at += length
+    assert_near("out", torch.cat(outputs, 1) * F.silu(case["z"]), case["out"])
+    assert_near("state_ssm", state.memory.transpose(2, 3), case["state_ssm"])
+    assert_near("state_angle", state.angle, case["state_angle"])
+    assert_near("state_k", state.key.squeeze(1), case["state_k"])
+    assert_near("state_v", state.value.squeeze(1), case["state_v"])
+
+
+def test_mamba3_equals_its_quadratic_form() -> None:
+    """y_t = sum_s e^seg(t, s) w_s (q_t . k_s) x_s - (1 - lambda') delta' (q_t . k_t) x_t + D x_t."""
+    case = load("m3")
+    mixer, given = mamba3_core(case, torch.float64)
+    ctx = build_context((2, 11), torch.device("cpu"), return_state=True)
+    y, _ = mixer.recur(**given, ctx=ctx, state=None)
+    turns = given["delta"][..., None] * (torch.pi * given["angle"].tanh())[:, :, None]
+    phi = turns.cumsum(1)
+    rotated = []
+    for x, bias in ((given["read"], mixer.C_bias), (given["write"], mixer.B_bias)):
+        x = x.repeat_interleave(2, 2) + bias.squeeze(1)
+        turned = torch.view_as_complex(x[..., :4].unflatten(-1, (2, 2))) * torch.exp(1j * phi)
+        rotated.append(torch.cat([torch.view_as_real(turned).flatten(-2), x[..., 4:]], -1))
+    query, key = rotated
+    second = F.pad((1 - given["trap"]) * given["delta"], (0, 0, 0, 1))[:, 1:]  # of the next token
+    weight = given["trap"] * given["delta"] + second
+    total = (given["delta"] * given["rates"]).cumsum(1)
+    exponent = (total[:, :, None] - total[:, None]).masked_fill(
+        torch.ones(11, 11).triu(1).bool()[..., None], -torch.inf
+    )
+    scores = torch.einsum("bthn,bshn->btsh", query, key)
+    expected = torch.einsum("btsh,bshp->bthp", scores * exponent.exp() * weight[:, None], given["x"])
+    own = mixer.D - second * scores.diagonal(dim1=1, dim2=2).transpose(1, 2)
+    torch.testing.assert_close(y, expected + own[..., None] * given["x"], rtol=0, atol=1e-10)
 
 
 LAYERS = {

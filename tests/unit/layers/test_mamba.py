@@ -8,12 +8,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from memzoo.layers import TokenMixer, build_mixer
+from memzoo.layers.contract import build_context
 from memzoo.models.config import ModelConfig
 from memzoo.models.decoder import MemoryLM
 
 CONFIGS = {
     "mamba1": {"type": "mamba1", "d_model": 16, "d_state": 4},
     "mamba2": {"type": "mamba2", "d_model": 16, "d_state": 4, "head_dim": 4},
+    "mamba3": {"type": "mamba3", "d_model": 16, "d_state": 4, "head_dim": 4},
 }
 
 
@@ -56,6 +58,23 @@ def test_names_and_shapes_of_mamba2_130m_and_370m() -> None:
         "out_proj.weight": (768, 1536),
     }
     assert tuple(larger.in_proj.weight.shape) == (4384, 1024)
+
+
+def test_names_and_shapes_of_mamba3() -> None:
+    with torch.device("meta"):
+        mixer = build_mixer({"type": "mamba3", "d_model": 768, "norm_output": True})
+    assert shapes(mixer) == {
+        "in_proj.weight": (2 * 1536 + 2 * 128 + 3 * 24 + 32, 768),
+        "B_norm.weight": (128,),
+        "C_norm.weight": (128,),
+        "B_bias": (24, 1, 128),
+        "C_bias": (24, 1, 128),
+        "dt_bias": (24,),
+        "D": (24,),
+        "norm.weight": (1536,),
+        "out_proj.weight": (768, 1536),
+    }
+    assert mixer.state_num_bytes(1000) == 4 * 24 * (128 * 64 + 32 + 128 + 64) + 8
 
 
 @pytest.mark.parametrize(
@@ -116,7 +135,7 @@ def test_the_output_projection_is_scaled_by_the_depth(name: str) -> None:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_weight_decay_is_for_projections_alone(name: str) -> None:
-    mixer = build_mixer({**CONFIGS[name], "use_bias": True})
+    mixer = build_mixer({**CONFIGS[name], **({} if name == "mamba3" else {"use_bias": True})})
     decayed = {n for n, p in mixer.named_parameters() if not getattr(p, "_no_weight_decay", False)}
     assert decayed == {n for n, p in mixer.named_parameters() if n.endswith("_proj.weight")}
 
@@ -137,7 +156,7 @@ def test_rates_and_steps_stay_float32(name: str, dtype: torch.dtype) -> None:
             assert p._no_weight_decay
         else:
             assert p.dtype == p.grad.dtype == dtype
-    assert model.double()[0].A_log.dtype == torch.float64
+    assert model.double()[0].D.dtype == torch.float64
 
 
 @pytest.mark.parametrize(
@@ -151,9 +170,45 @@ def test_rates_and_steps_stay_float32(name: str, dtype: torch.dtype) -> None:
         ({"type": "mamba2", "head_dim": 4, "num_groups": 3}, "3 groups for 8 heads"),
         ({"type": "mamba2", "head_dim": 4, "rate_range": (0.0, 1.0)}, "rate_range must be"),
         ({"type": "mamba2", "head_dim": 4, "dt_limit": (1.0, 0.5)}, "dt_limit must be"),
+        ({"type": "mamba3", "head_dim": 5}, "head_dim must divide .* 5 and 2 \\* 16"),
+        ({"type": "mamba3", "head_dim": 4, "num_groups": 3}, "3 groups for 8 heads"),
+        (
+            {"type": "mamba3", "head_dim": 4, "rope_fraction": 1.5},
+            "rope_fraction must be a number from 0 to 1",
+        ),
+        ({"type": "mamba3", "head_dim": 4, "rate_floor": 0}, "rate_floor must be a number between 0 and 1"),
         ({"type": "mamba2", "head_dim": 4, "norm_eps": 0.0}, "norm_eps must be a number between 0 and 1"),
     ],
 )
 def test_errors_name_the_thing(changes: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build_mixer({"d_model": 16, **changes})
+
+
+def test_mamba3_without_rotation_still_runs() -> None:
+    torch.manual_seed(0)
+    mixer = build_mixer({**CONFIGS["mamba3"], "rope_fraction": 0.0}).double()
+    x = torch.randn(2, 9, 16, dtype=torch.float64)
+    whole = mixer(x, return_state=True)
+    assert whole.state.angle.shape == (2, 8, 0)
+    out = mixer(x[:, :4], return_state=True)
+    torch.testing.assert_close(mixer(x[:, 4:], out.state).hidden, whole.hidden[:, 4:], rtol=0, atol=1e-10)
+
+
+def test_mamba3_holds_a_parity() -> None:
+    """A rotation by pi for every one, and none for a zero, is the parity of all ones read so far."""
+    mixer = build_mixer({**CONFIGS["mamba3"], "d_state": 2, "rope_fraction": 1.0}).double()
+    with torch.no_grad():
+        for bias in (mixer.B_bias, mixer.C_bias):
+            bias.copy_(torch.tensor([1.0, 0.0]).expand_as(bias))
+        mixer.D.zero_()
+    bits = torch.randint(2, (1, 40), generator=torch.Generator().manual_seed(0))
+    ctx = build_context((1, 40), torch.device("cpu"))
+    nothing = torch.zeros(1, 40, 1, 2, dtype=torch.float64)
+    x = torch.zeros(1, 40, 8, 4, dtype=torch.float64)
+    x[:, 0] = 1  # one token is remembered for good
+    ones = torch.ones(1, 40, 8, dtype=torch.float64)
+    angle = torch.where(bits == 1, 40.0, 0.0).double()[..., None]  # tanh saturates: pi or nothing
+    y, _ = mixer.recur(nothing, nothing, x, ones, -1e-9 * ones, ones, angle, ctx, None)
+    parity = (bits[:, 1:].cumsum(1) % 2).double()
+    torch.testing.assert_close(y[0, 1:, 0, 0], 1 - 2 * parity[0], rtol=0, atol=1e-6)
