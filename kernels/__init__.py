@@ -3,6 +3,7 @@
 from .attention import AttentionOutput, KVPrefix, attention, decode_attention
 from .backend import available_backends, use_backend
 from .causal_conv import causal_conv
+from .gated_slot_attention import SlotState, gated_slot_attention
 from .layout import ChunkLayout, sequence_lengths
 from .linear_attention import LinearState, linear_attention
 from .linear_cross_entropy import linear_cross_entropy, linear_divergence
@@ -14,10 +15,12 @@ __all__ = [
     "ChunkLayout",
     "KVPrefix",
     "LinearState",
+    "SlotState",
     "attention",
     "available_backends",
     "causal_conv",
     "decode_attention",
+    "gated_slot_attention",
     "linear_attention",
     "linear_cross_entropy",
     "linear_divergence",

@@ -20,15 +20,14 @@ With D the gradient of S', y = (do, -de') the gradients of what q and k read, an
     d(q, k) = s y S^T + rows(P)              dw = t e D^T + columns(P)
 """
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..autograd import backward_without_autocast
 from .decays import make_decay
+from .groups import Group, make_plan
 from .triangular import unit_lower_inverse
 from .types import LinearState
 
@@ -36,27 +35,13 @@ from .types import LinearState
 # width, Y chunks of all rows and heads of a group, J chunks of a sequence in a group, X rows times heads,
 # C chunk length, R what reads: queries and, with the delta rule, keys
 
-_MAX_CHUNK = 128
-_GROUP_ELEMENTS = 2**18
 
+class _Options(NamedTuple):
+    """What is the same for every group."""
 
-class _Plan(NamedTuple):
-    """How a call is cut up: (start, length) of each segment, most tokens of a chunk, and plain arguments."""
-
-    segments: tuple[tuple[int, int], ...]
-    chunk_size: int
-    group_size: int
     scale: float
     is_delta: bool
     wide_output: bool
-
-    def groups(self) -> Iterator[tuple[int, int, int, int]]:
-        """Segment, first token, end and chunk length of each group."""
-        for m, (start, length) in enumerate(self.segments):
-            chunk_size = min(self.chunk_size, 1 << max(length - 1, 0).bit_length())
-            step = chunk_size * self.group_size
-            for t0 in range(start, start + length, step):
-                yield m, t0, min(t0 + step, start + length), chunk_size
 
 
 def linear_attention_general(
@@ -77,9 +62,8 @@ def linear_attention_general(
     chunk_size: int,
 ) -> tuple[Tensor, LinearState | None]:
     """`memzoo.kernels.linear_attention` for any decay and rule; arguments are already checked."""
-    batch_size, num_tokens, num_heads, width = q.shape
-    num_key_heads, num_value_heads = k.shape[2], v.shape[2]
-    heads = max(num_heads, num_value_heads)
+    batch_size, num_key_heads, num_value_heads = len(q), k.shape[2], v.shape[2]
+    heads = max(q.shape[2], num_value_heads)
     memory = None if initial_state is None else initial_state.memory
     if normalize:
         # the sum of keys is what a value of 1 would have written
@@ -93,15 +77,9 @@ def linear_attention_general(
     # every head with all of its own; grouped ones repeat what they share
     q, k, v = (_repeat(x, 2, heads) for x in (q, k, v))
     g, beta = (None if x is None else _repeat(x, 2, heads) for x in (g, beta))
-    starts = [0]
-    for length in lengths:
-        starts.append(starts[-1] + length)
-    segments = tuple(zip(starts[:-1], lengths, strict=True)) if is_packed else ((0, num_tokens),)
-    chunk_size = 1 << (min(chunk_size, _MAX_CHUNK).bit_length() - 1)
-    rows = heads if is_packed else batch_size * heads
-    group_size = _group_size(chunk_size, rows, width, v.shape[3])
-    plan = _Plan(segments, chunk_size, group_size, scale, rule == "delta", normalize)
-    result, final = _GeneralLinearAttention.apply(q, k, v, g, beta, memory, plan)
+    plan = make_plan(q, v, lengths, is_packed, chunk_size)
+    options = _Options(scale, rule == "delta", normalize)
+    result, final = _GeneralLinearAttention.apply(q, k, v, g, beta, memory, plan, options)
     output = result
     if normalize:
         output = result[..., :-1] / (result[..., -1:] + eps)
@@ -119,18 +97,8 @@ def _repeat(x: Tensor, axis: int, heads: int) -> Tensor:
     return x if x.shape[axis] == heads else x.repeat_interleave(heads // x.shape[axis], axis)
 
 
-def _group_size(chunk_size: int, rows: int, key_width: int, value_width: int) -> int:
-    """Chunks that are worked on together.
-
-    As many as the cache holds, and so many that the states before groups take no more memory than keys and
-    values.
-    """
-    in_cache = _GROUP_ELEMENTS // max(1, rows * chunk_size * max(key_width, value_width))
-    return max(1, in_cache, -(-key_width * value_width // (chunk_size * (key_width + value_width))))
-
-
-class _Group:
-    """A group of chunks in the accumulation dtype: first everything that does not depend on the state."""
+class _Group(Group):
+    """A group of chunks: first everything that does not depend on the state."""
 
     def __init__(
         self,
@@ -140,17 +108,15 @@ class _Group:
         g: Tensor | None,
         beta: Tensor | None,
         bounds: tuple[int, int, int],
-        plan: _Plan,
+        options: _Options,
     ):
-        t0, t1, chunk_size = self.bounds = bounds
-        self.acc = torch.float64 if q.dtype == torch.float64 else torch.float32
-        self.sizes = (-(-(t1 - t0) // chunk_size), q.shape[0], q.shape[2])  # J, B, H
+        super().__init__(q, bounds)
         self.k, self.v = self.load(k), self.load(v)  # (Y, C, K), (Y, C, V)
         self.beta = None if beta is None else self.load(beta[..., None])  # (Y, C, 1)
         self.w = self.k if self.beta is None else self.k * self.beta
-        self.x = self.k.new_empty(*self.k.shape[:2], 2 if plan.is_delta else 1, self.k.shape[2])
-        self.x[:, :, 0] = self.load(q) * plan.scale
-        if plan.is_delta:
+        self.x = self.k.new_empty(*self.k.shape[:2], 2 if options.is_delta else 1, self.k.shape[2])
+        self.x[:, :, 0] = self.load(q) * options.scale
+        if options.is_delta:
             self.x[:, :, 1] = self.k
         log_decay = None
         if g is not None:
@@ -161,33 +127,10 @@ class _Group:
         self.w_end = self.decay.to_end(self.w)  # (Y, C, K)
         self.whole = None if self.decay.whole is None else self.split(self.decay.whole)[..., None]
         self.values, self.inverse, self.erase = self.v, None, None
-        if plan.is_delta:
+        if options.is_delta:
             self.inverse = unit_lower_inverse(self.scores[:, :, 1])
             self.values = torch.bmm(self.inverse, self.v)
             self.erase = self.split(torch.bmm(self.inverse, self.x_start[:, :, 1]))  # (J, X, C, K)
-
-    def load(self, x: Tensor) -> Tensor:
-        """The group's tokens of (B, T, H, D) as (Y, C, D), zeros (which change no state) behind the last."""
-        t0, t1, chunk_size = self.bounds
-        num_chunks = self.sizes[0]
-        part = x[:, t0:t1]
-        if num_chunks * chunk_size > t1 - t0:
-            part = F.pad(part, (0, 0, 0, 0, 0, num_chunks * chunk_size - (t1 - t0)))
-        part = part.unflatten(1, (num_chunks, chunk_size)).permute(1, 0, 3, 2, 4)  # (J, B, H, C, D)
-        return part.to(self.acc).contiguous().flatten(0, 2)
-
-    def store(self, target: Tensor, x: Tensor) -> None:
-        """Write (Y, C, D) to the group's tokens of `target` (B, T, H, D)."""
-        t0, t1, chunk_size = self.bounds
-        chunks = x.unflatten(0, self.sizes).permute(1, 0, 3, 2, 4)  # (B, J, C, H, D)
-        if self.sizes[0] * chunk_size == t1 - t0:
-            target[:, t0:t1].unflatten(1, (-1, chunk_size)).copy_(chunks)
-        else:
-            target[:, t0:t1] = chunks.flatten(1, 2)[:, : t1 - t0]
-
-    def split(self, x: Tensor) -> Tensor:
-        """(Y, ...) -> (J, X, ...)."""
-        return x.unflatten(0, (self.sizes[0], -1))
 
     def run(self, state: Tensor) -> Tensor:
         """States before each chunk and after the last, (J + 1, X, K, V); `values` become what is written."""
@@ -265,23 +208,23 @@ class _GeneralLinearAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
-        q, k, v, g, beta, memory, plan = arguments
+        q, k, v, g, beta, memory, plan, options = arguments
         acc = torch.float64 if q.dtype == torch.float64 else torch.float32
-        output = v.new_empty(v.shape, dtype=acc if plan.wide_output else q.dtype)
+        output = v.new_empty(v.shape, dtype=acc if options.wide_output else q.dtype)
         if memory is None:
             rows = k.shape[0] * k.shape[2]
             final = k.new_zeros(len(plan.segments), rows, k.shape[3], v.shape[3], dtype=acc)
         else:
             final = memory.clone()
         before = []  # states before each group
-        for m, *bounds in plan.groups():
+        for m, bounds in plan.groups():
             before.append(final[m].clone())
-            group = _Group(q, k, v, g, beta, tuple(bounds), plan)
+            group = _Group(q, k, v, g, beta, bounds, options)
             states = group.run(final[m])
             group.store(output, group.read(states))
             final[m] = states[-1]
         ctx.save_for_backward(q, k, v, g, beta, *before)
-        ctx.plan, ctx.has_memory = plan, memory is not None
+        ctx.plan, ctx.options, ctx.has_memory = plan, options, memory is not None
         return output, final
 
     @staticmethod
@@ -291,18 +234,18 @@ class _GeneralLinearAttention(torch.autograd.Function):
         d_output, d_memory = grads[0], grads[1].clone()
         dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
         dg, d_beta = (None if x is None else torch.empty_like(x) for x in (g, beta))
-        for n, (m, *bounds) in reversed(list(enumerate(ctx.plan.groups()))):
-            group = _Group(q, k, v, g, beta, tuple(bounds), ctx.plan)
+        for n, (m, bounds) in reversed(list(enumerate(ctx.plan.groups()))):
+            group = _Group(q, k, v, g, beta, bounds, ctx.options)
             states = group.run(before[n])
             grad_q, grad_k, grad_v, grad_g, grad_beta, d_state = group.backward(
                 states, group.load(d_output), d_memory[m]
             )
             d_memory[m] = d_state
-            group.store(dq, grad_q * ctx.plan.scale)
+            group.store(dq, grad_q * ctx.options.scale)
             group.store(dk, grad_k)
             group.store(dv, grad_v)
             if dg is not None and grad_g is not None:
                 group.store(dg if g.dim() == 4 else dg[..., None], grad_g)
             if d_beta is not None and grad_beta is not None:
                 group.store(d_beta[..., None], grad_beta)
-        return dq, dk, dv, dg, d_beta, d_memory if ctx.has_memory else None, None
+        return dq, dk, dv, dg, d_beta, d_memory if ctx.has_memory else None, None, None

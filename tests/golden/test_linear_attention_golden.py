@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from memzoo.kernels import LinearState, linear_attention
+from memzoo.kernels import LinearState, gated_slot_attention, linear_attention
 from memzoo.testing import assert_close
 
 FILE = Path(__file__).parent / "linear_attention_a.npz"
@@ -154,10 +154,27 @@ class TestGolden:
         )
         check(case, inputs, output, [state.memory], bound)
 
+    def test_gsa(self, backend: str, chunk_size: int, dtype: torch.dtype, bound: float) -> None:
+        case = load("gsa", dtype)
+        inputs = leaves(case, "q", "k", "v", "s", "g")
+        output, state = gated_slot_attention(
+            inputs["q"],
+            inputs["k"],
+            inputs["v"],
+            inputs["g"],
+            slots=inputs["s"],
+            scale=1.0,
+            return_state=True,
+            backend=backend,
+            chunk_size=chunk_size,
+        )
+        check(case, inputs, output, list(state), bound)
+
 
 def test_state_cases_are_compared() -> None:
     """Guards the `in case` of `check`: these cases do have final states."""
     assert "final_state" in load("linear", torch.float64)
     assert "final_state1" in load("linear_norm", torch.float64)
+    assert "final_state1" in load("gsa", torch.float64)
     for name in ("simple_gla", "gla", "delta", "delta_neg", "gdn", "kda"):
         assert "final_state" in load(name, torch.float64)
