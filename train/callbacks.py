@@ -26,15 +26,24 @@ class TrainingProgress(ProgressBar):
     """One line for the whole run: step, loss, tokens per second, time left, peak memory.
 
     Args:
-        refresh_rate: optimiser steps between two updates of the line.
+        refresh_rate: optimiser steps between two updates of the line, where these come sooner than
+            ``refresh_seconds`` after the last one.
         leave: keep the line after the run.
         name: what the line begins with.
+        refresh_seconds: after this time any step updates the line, so that slow ones are seen as well.
     """
 
-    def __init__(self, refresh_rate: int = 10, leave: bool = True, name: str = "train") -> None:
+    def __init__(
+        self,
+        refresh_rate: int = 10,
+        leave: bool = True,
+        name: str = "train",
+        refresh_seconds: float = 2.0,
+    ) -> None:
         super().__init__()
         self.name = name
         self.refresh_rate = max(refresh_rate, 1)
+        self.refresh_seconds = refresh_seconds
         self.leave = leave
         self._enabled = True
         self._line: tqdm | None = None
@@ -72,9 +81,10 @@ class TrainingProgress(ProgressBar):
         line = self._line
         if line is None or trainer.global_step == line.n:
             return
-        if trainer.global_step % self.refresh_rate and trainer.global_step != line.total:
-            return
         elapsed = max(time.monotonic() - self._clock, 1e-9)
+        is_due = trainer.global_step % self.refresh_rate == 0 or elapsed >= self.refresh_seconds
+        if not is_due and trainer.global_step != line.total:
+            return
         rate, self._tokens, self._clock = self._tokens / elapsed, 0, time.monotonic()
         facts = {
             name: f"{float(value):.4g}"

@@ -70,3 +70,14 @@ def test_the_time_left_counts_from_where_the_run_began(tmp_path: Path, line: Lin
         facts, text = dict(steps[0][0]), ""
         text = line.real.format_meter(**facts | {"elapsed": 10.0, "rate": None, "ncols": 200})
         assert f"<{(7 - begin) * 10 // 60:02d}:{(7 - begin) * 10 % 60:02d}" in text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"), [(0.0, list(range(1, 9))), (1e9, [5, 8])], ids=["slow", "fast"]
+)
+def test_slow_steps_are_shown_one_by_one(
+    tmp_path: Path, line: Line, seconds: float, shown: list[int]
+) -> None:
+    progress = TrainingProgress(refresh_rate=5, refresh_seconds=seconds)
+    toy_run(progress, book=Book(), **settings(progress))
+    assert sorted({facts["n"] for facts, _ in line.shown} - {0}) == shown
