@@ -200,10 +200,18 @@ def _run_typed(name: str, target: str, args: list[str]) -> Any:
             args=_with_values(function, args),
             as_positional=False,
             prog=f"memzoo {name}",
+            description=_description(function),
             parser_class=Parser,
         )
     except ArgumentError as error:
         raise ValueError(str(error)) from error
+
+
+def _description(function: Callable[..., Any]) -> str:
+    """What the docstring says before its arguments: all of it, where the parser would take one sentence."""
+    import inspect
+
+    return (inspect.getdoc(function) or "").partition("\nArgs:")[0].strip()
 
 
 def _refuse_unknown_flags(name: str, function: Callable[..., Any], args: Sequence[str]) -> None:

@@ -106,6 +106,13 @@ def test_every_command_explains_its_flags(command: str, capsys: pytest.CaptureFi
     assert "--config" in shown
 
 
+def test_the_help_of_tasks_names_them(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["evaluate", "task", "--help"])
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in ("associative_retrieval", "needle_text"))
+
+
 HELP_SECONDS = """
 import contextlib, io, sys, time
 start = time.perf_counter()
