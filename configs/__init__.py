@@ -66,6 +66,12 @@ def _file(name: str, kind: str | None) -> str:
 
 
 def summary(name: str) -> str:
-    """The first comment line of a shipped configuration."""
-    first = find(name).read_text(encoding="utf-8").split("\n", 1)[0]
-    return first.removeprefix("#").strip()
+    """The first sentence of the comment at the top of a shipped configuration."""
+    lines = []
+    for line in find(name).read_text(encoding="utf-8").splitlines():
+        if not line.startswith("# ") or line.startswith("#  "):
+            break
+        lines.append(line.removeprefix("#").strip())
+        if lines[-1].endswith("."):
+            break
+    return " ".join(lines)
