@@ -111,28 +111,31 @@ def find_checkpoint(subcommand: str, checkpoint: str | None, place: Path | None 
 
 
 def with_values(args: Sequence[str], data: Mapping[str, Any]) -> list[str]:
-    """The command line with ``--overwrite`` as ``true``, and single texts as lists where a list is wanted.
+    """The command line with ``--overwrite`` as ``true``, and texts as a list where a list is wanted.
 
     Args:
         args: the command line after ``memzoo train``.
         data: types of the arguments of ``data``.
     """
-    changed = list(args)
-    for position, token in enumerate(args):
+    changed: list[str] = []
+    rest = list(args)
+    while rest:
+        token = rest.pop(0)
         flag, equals, value = token.partition("=")
-        following = args[position + 1 : position + 2]
-        has_value = bool(equals or (following and not _is_flag(following[0])))
-        if token == "--overwrite" and not has_value:
-            changed[position] = "--overwrite=true"
-        takes_texts = any(
+        count = next((index for index, item in enumerate(rest) if _is_flag(item)), len(rest))
+        values = [value] if equals else rest[:count]
+        takes_texts = flag.startswith("--data.") and any(
             get_origin(option) in (list, collections.abc.Sequence) and get_args(option) == (str,)
             for option in _options(data.get(flag.removeprefix("--data.")))
         )
-        if flag.startswith("--data.") and takes_texts and has_value:
-            given = value if equals else following[0]
-            if not isinstance(_as_yaml(given), list):
-                listed = json.dumps([given])
-                changed[position if equals else position + 1] = f"{flag}={listed}" if equals else listed
+        if token == "--overwrite" and not values:
+            token = "--overwrite=true"
+        elif takes_texts and values:
+            written = " ".join(values)
+            token = f"{flag}={written if isinstance(_as_yaml(written), list) else json.dumps(values)}"
+            if not equals:
+                del rest[:count]
+        changed.append(token)
     return changed
 
 

@@ -12,6 +12,7 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,7 @@ from memzoo.models.decoder import MemoryLM
 from memzoo.models.hf import save_model
 from memzoo.records import read_record
 from memzoo.train.checkpointing import newest_checkpoint
+from memzoo.train.command_line import with_values
 from memzoo.train.data.tokenizers import byte_tokenizer
 
 RECALL = {
@@ -414,6 +416,23 @@ def test_a_trained_model_is_not_replaced_unasked(
     saved = yaml.safe_load((workplace / "runs" / "recall" / "version_1" / "config.yaml").read_text())
     assert saved["output"] == "mine"
     assert saved["overwrite"] is False
+
+
+@pytest.mark.parametrize(
+    ("given", "read"),
+    [
+        (["a.txt"], '["a.txt"]'),
+        (["a.txt", "b.txt"], '["a.txt", "b.txt"]'),
+        (["[a.txt,", "b.txt]"], "[a.txt, b.txt]"),
+        (["[]"], "[]"),
+    ],
+)
+def test_files_are_given_as_in_a_shell(given: list[str], read: str) -> None:
+    types = {"files": Sequence[str] | str, "seq_len": int}
+    line = ["fit", "--data.files", *given, "--data.seq_len", "8", "--overwrite"]
+    expected = ["fit", f"--data.files={read}", "--data.seq_len", "8", "--overwrite=true"]
+    assert with_values(line, types) == expected
+    assert with_values(["fit", f"--data.files={given[0]}"], types)[1].startswith("--data.files=[")
 
 
 def test_text_from_training_to_generation(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
