@@ -57,6 +57,11 @@ def test_texts_stay_small() -> None:
     assert sum(map(len, packed)) <= 6_000_000
 
 
+def test_a_file_among_the_names_is_told_its_place() -> None:
+    with pytest.raises(ValueError, match="`files`"):
+        load_text("my_book.txt")
+
+
 def test_unknown_name_suggests_the_nearest() -> None:
     with pytest.raises(
         ValueError, match=r"unknown text 'moby-dick'; did you mean 'moby_dick'\? Choose one of emma"

@@ -45,6 +45,11 @@ def load_text(name: str) -> tuple[Document, ...]:
         ValueError: there is no text of that name; the message names the nearest.
     """
     if name not in _NAMES:
+        if str(name).endswith((".txt", ".jsonl")):
+            raise ValueError(
+                f"{str(name)!r} is no bundled text; those are {', '.join(_NAMES)}. A file of your own "
+                "goes into `files` of the data."
+            )
         nearest = difflib.get_close_matches(str(name), _NAMES, n=1, cutoff=0.0)[0]
         raise ValueError(
             f"unknown text {name!r}; did you mean {nearest!r}? Choose one of {', '.join(_NAMES)}."
