@@ -206,7 +206,15 @@ def _continue(
     from ..models.hf import MemoryCache, MemoryForCausalLM
     from ..models.reading import Reading, read_tokens
 
-    cache = MemoryCache(reading.state)
+    cache, num_tokens = MemoryCache(reading.state), settings["max_new_tokens"]
+    advance = progress_line("tokens")
+
+    def count(ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        """Ends nothing; it is asked after every token."""
+        if advance is not None:
+            advance(ids.shape[1] - 1, num_tokens)
+        return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+
     out = (
         MemoryForCausalLM.from_model(network)
         .eval()
@@ -215,9 +223,12 @@ def _continue(
             attention_mask=torch.ones(1, cache.get_seq_length() + 1, dtype=torch.int64),
             past_key_values=cache,
             return_dict_in_generate=True,
+            stopping_criteria=[] if advance is None else [count],
             **settings,
         )
     )
+    if advance is not None:
+        advance(num_tokens, num_tokens)  # a text may end early
     made = out.sequences[0, 1:]
     if settings["num_beams"] > 1:
         # the rows of the cache are those of all beams: the one that won is read again

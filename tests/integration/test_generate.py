@@ -134,6 +134,19 @@ def test_beams_go_on_from_what_was_read(folders: dict[str, str], says: Any) -> N
     assert_same_state("s", folders["based"], BOOK + "He said" + whole)
 
 
+@pytest.mark.parametrize("beams", ["1", "3"])
+def test_written_tokens_are_counted(
+    beams: str, folders: dict[str, str], says: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ("--model", folders["based"], "--prompt", BOOK, "--num_beams", beams, "--max_new_tokens", "4")
+    text = says(*arguments)
+    seen: list[tuple[int, int]] = []
+    line = lambda unit: lambda done, total: seen.append((done, total))  # noqa: E731
+    monkeypatch.setattr("memzoo.train.generate_command.progress_line", line)
+    assert says(*arguments) == text
+    assert seen[-5:] == [(count, 4) for count in (1, 2, 3, 4, 4)]
+
+
 def test_each_call_samples_with_its_own_seed(folders: dict[str, str], says: Any, workplace: Path) -> None:
     model = ("--model", folders["attention"], "--temperature", "1.5", "--max_new_tokens", "10")
     says(*model, "--prompt_file", "book.txt", "--state", "s", "--seed", "5")
