@@ -67,7 +67,7 @@ def convert(
         write_text_atomically,
     )
     from .conversion.card import model_card
-    from .conversion.comparison import comparison_results, comparison_table
+    from .conversion.comparison import CAPTION, comparison_results, comparison_table
     from .conversion.folder import claimed, finish, is_begun, start_anew
     from .conversion.page import comparison_sections
     from .conversion.recipe import check_books, check_guide, check_recipe, read_recipe, shown_recipe
@@ -173,7 +173,7 @@ def convert(
         )
         finish(folder)
     places = f"page written to {folder / 'index.html'}\nmodel written to {folder / 'hybrid'}"
-    return f"{comparison_table(rows)}\n\n{places}"
+    return f"{CAPTION}\n\n{comparison_table(rows)}\n\n{places}"
 
 
 @contextmanager

@@ -26,7 +26,7 @@ from ..models.checkpoints.folder import load_model, read_model_config
 from ..models.decoder import MemoryLM
 from ..models.hf import save_model
 from ..records import results_folder, write_record, write_text_atomically
-from .conversion.comparison import comparison_results, comparison_table
+from .conversion.comparison import CAPTION, comparison_results, comparison_table
 from .conversion.folder import finish, start_anew
 from .conversion.page import comparison_sections
 from .conversion.recipe import check_recipe, read_recipe, recipe_dict
@@ -111,7 +111,7 @@ def run_demo(output: str = "demo_output", recipe: str = "demo", num_windows: int
     }
     finish(folder)
     write_record(folder / "record.json", name="demo", config=recipe_dict(chosen), results=results)
-    return f"{table}\n\nwritten to {folder}/: index.html, record.json, hybrid/"
+    return f"{CAPTION}\n\n{table}\n\nwritten to {folder}/: index.html, record.json, hybrid/"
 
 
 @contextmanager

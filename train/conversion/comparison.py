@@ -15,6 +15,7 @@ from ..statistics import paired_difference
 
 UNALIGNED_ROW = "hybrid without alignment, equal steps"
 LENGTHS = (1024, 32_768, 1_000_000)  # tokens read, for the state bytes of a row
+CAPTION = "perplexity by book (lower is better), state of one sequence in bfloat16, trained numbers:"
 
 
 @dataclass
@@ -80,6 +81,7 @@ def comparison_table(rows: Sequence[Row]) -> str:
         )
     lines = [align_columns(table, num_left=1)]
     if books:
+        lines.append("")
         for label, found in comparison_results(rows)["differences"].items():
             for book, pair in found.items():
                 lines.append(
