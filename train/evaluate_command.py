@@ -230,5 +230,6 @@ def compare(a: str, b: str, confidence: float = 0.95, output: str | None = None)
     return (
         f"a - b = {difference.mean:+.4f} nats per token over {difference.num_pairs} windows\n"
         f"{confidence:.0%} interval: t [{difference.t_low:+.4f}, {difference.t_high:+.4f}], "
-        f"bootstrap [{difference.bootstrap_low:+.4f}, {difference.bootstrap_high:+.4f}]"
+        f"bootstrap [{difference.bootstrap_low:+.4f}, {difference.bootstrap_high:+.4f}]\n"
+        "below 0, a is better; an interval that contains 0 shows nothing"
     )

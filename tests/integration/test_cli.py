@@ -463,7 +463,9 @@ def test_text_from_training_to_generation(workplace: Path, capsys: pytest.Captur
     assert [part["first"] for part in a["by_position"]] == [0, 64]
     capsys.readouterr()
     run("evaluate", "compare", "--a", "a.json", "--b", "b.json")
-    assert "over 4 windows" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "over 4 windows" in shown
+    assert "below 0, a is better" in shown
 
 
 def test_speed_and_a_page_of_several_models(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
