@@ -106,6 +106,15 @@ def test_runs_train_three_steps(name: str, tmp_path: Path, monkeypatch: pytest.M
     assert list(tmp_path.glob("runs/*/version_0/events.out.tfevents.*"))
 
 
+def test_a_small_text_of_ones_own_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "book.txt").write_text("It was a dark and stormy night. " * 200)
+    own = ["--data.texts", "[]", "--data.val_texts", "[]", "--data.files", "book.txt", "--data.seq_len", "32"]
+    run = ["--trainer.max_steps", "1", "--trainer.accelerator", "cpu", "--output", "model"]
+    assert cli.main(["train", "fit", "--config", "train/text_small", *own, *run]) == 0
+    assert (tmp_path / "model" / "config.json").is_file()
+
+
 def test_an_unknown_name_suggests_the_nearest() -> None:
     with pytest.raises(ValueError, match="Did you mean 'train/mqar_based'"):
         configs.find("train/mqar_bsed")
