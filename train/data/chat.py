@@ -39,7 +39,7 @@ class ChatDataModule(LightningDataModule):
     per epoch.
 
     Args:
-        tokenizer: a folder with a tokenizer, a ``.gguf`` file, or ``"bytes"``.
+        tokenizer: a folder with a tokenizer, a ``.gguf`` file, ``"smollm2-135m"``, or ``"bytes"``.
         chat_template: a Jinja template, or a ``.jinja`` file, in the place of the tokenizer's own.
         files: ``.jsonl`` files, one conversation per line, or the name of one.
         dataset: a data set that the library `datasets` reads, one conversation per row.

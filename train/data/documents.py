@@ -25,7 +25,7 @@ class TextEncoder:
     """Documents as token ids.
 
     Args:
-        tokenizer: ``"bytes"``, a folder with a tokenizer, or a ``.gguf`` file.
+        tokenizer: ``"bytes"``, a folder with a tokenizer, a ``.gguf`` file, or ``"smollm2-135m"``.
         append_eos: end every document with the tokenizer's end-of-text token.
         text_field: field of a record that holds the text.
 

@@ -28,7 +28,7 @@ class StreamDataModule(LightningDataModule):
         val_texts: names of bundled texts for validation, or one name.
         val_files: ``.txt`` or ``.jsonl`` files for validation, or the name of one.
         text_field: field of a row that holds the text.
-        tokenizer: ``"bytes"``, a folder with a tokenizer, or a ``.gguf`` file.
+        tokenizer: ``"bytes"``, a folder with a tokenizer, a ``.gguf`` file, or ``"smollm2-135m"``.
         seq_len: tokens per window.
         batch_size: windows per batch.
         batches_per_epoch: batches that count as one epoch.

@@ -34,7 +34,7 @@ class TextDataModule(LightningDataModule):
         val_dataset: a data set for validation.
         val_fraction: share of the tokens, from the end, that is held out when there is none of those;
             whole documents where there is more than one.
-        tokenizer: ``"bytes"``, a folder with a tokenizer, or a ``.gguf`` file.
+        tokenizer: ``"bytes"``, a folder with a tokenizer, a ``.gguf`` file, or ``"smollm2-135m"``.
         seq_len: tokens per window.
         batch_size: windows per batch.
         max_val_windows: windows read by a validation, from the start of the held-out part; None reads all.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -17,22 +16,25 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerFast:
     """Load a tokenizer from this machine.
 
     Args:
-        source: ``"bytes"`` for the built-in byte vocabulary (257 tokens), a folder with a tokenizer, or a
-            ``.gguf`` file.
+        source: ``"bytes"`` for the built-in byte vocabulary (257 tokens), a folder with a tokenizer, a
+            ``.gguf`` file, or ``"smollm2-135m"`` (fetched once into the cache).
 
     Raises:
         ValueError: nothing usable lies there.
     """
     if source == BYTES:
         return byte_tokenizer()
-    path = Path(source)
+    from ...models.checkpoints.fetch import locate
+
+    path = locate(source)
     if path.is_file() and path.suffix == ".gguf":
         from ...models.checkpoints.tokenizers import tokenizer_from_gguf
 
         return tokenizer_from_gguf(path)
     if not path.is_dir():
         raise ValueError(
-            f"no tokenizer at {source!r}. Give 'bytes', a folder that holds tokenizer.json, or a .gguf file."
+            f"no tokenizer at {source!r}. Give 'bytes', a folder that holds tokenizer.json, a .gguf file, or "
+            "'smollm2-135m'."
         )
     if not (path / "tokenizer.json").is_file() and not (path / "tokenizer_config.json").is_file():
         raise ValueError(

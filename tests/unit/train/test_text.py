@@ -152,6 +152,12 @@ def test_a_mark_of_the_byte_order_is_no_text(tmp_path: Path, name: str, content:
     assert read_documents(str(path)) == ["one"]
 
 
+def test_the_cached_model_has_a_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    byte_tokenizer().save_pretrained(tmp_path)
+    monkeypatch.setattr("memzoo.models.checkpoints.fetch.fetch_smollm2", lambda: tmp_path)
+    assert load_tokenizer("smollm2-135m").get_vocab() == byte_tokenizer().get_vocab()
+
+
 def test_the_tokenizer_of_our_own_folders_loads_without_a_word(tmp_path: Path) -> None:
     model = MemoryLM(ModelConfig(vocab_size=257, d_model=8, layers=[{"type": "based", "num_heads": 1}]))
     save_model(model, tmp_path, byte_tokenizer())
