@@ -87,6 +87,12 @@ def progress_line(unit: str) -> Callable[[int, int], None] | None:
     return advance
 
 
+def say_waiting(what: str) -> None:
+    """Says on a terminal what takes a while and has no progress of its own."""
+    if sys.stderr.isatty():
+        sys.stderr.write(f"{what} ...\n")
+
+
 def table(rows: Sequence[tuple[str, ...]]) -> str:
     """Rows as text, columns aligned."""
     from .inspection import align_columns

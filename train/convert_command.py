@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .command_parts import check_output, model_place
+from .command_parts import check_output, model_place, say_waiting
 
 RESULTS = ("hybrid", "control", "unaligned", "report.json")
 
@@ -93,6 +93,7 @@ def convert(
     # all that can be wrong is found before the weights are read
     check_recipe(chosen, read_model_config(place), with_control=control)
     if dry_run:
+        say_waiting("surgery and parity checks")
         return surgery_report(load_model(place).eval(), place, chosen)
     folder = Path(output)
     if any((folder / name).resolve() == Path(place).resolve() for name in ("hybrid", "control")):
@@ -132,6 +133,7 @@ def convert(
         if name in ("hybrid", "control"):
             save_model(conversion.model, folder / name, tokenizer)
 
+    say_waiting("reading the training text and the weights")
     with _storage(folder), claimed(folder):
         if overwrite:
             start_anew(folder)

@@ -8,6 +8,7 @@ import io
 import json
 import math
 import shutil
+import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -436,14 +437,16 @@ def test_a_recipe_that_does_not_fit_is_refused_before_the_teacher_is_loaded(
 
 
 def test_a_dry_run_says_what_the_surgery_does(
-    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     (tmp_path / "recipe.yaml").write_text(
         "{target: {type: linear_attention, feature_map: hedgehog}, gqa: expand}", encoding="utf-8"
     )
     places = ["--source", str(source), "--output", str(tmp_path / "x")]
     assert main(["convert", *places, "--recipe", str(tmp_path / "recipe.yaml"), "--dry_run", "true"]) == 0
-    said = capsys.readouterr().out
+    said, waiting = capsys.readouterr()
+    assert "surgery and parity checks ..." in waiting
     for line in (
         "converted blocks: 0, 1",
         "heads repeated: 4 parameters (k_proj.weight, v_proj.weight)",
