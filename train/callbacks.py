@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ __all__ = ["ExactResume", "SaveModelFolder", "StopOnSignal", "TrainingProgress",
 
 class TrainingProgress(ProgressBar):
     """One line for the whole run: step, loss, tokens per second, time left, peak memory.
+
+    A validation or test that takes longer than ``refresh_seconds`` has a line of its own while it lasts.
 
     Args:
         refresh_rate: optimiser steps between two updates of the line, where these come sooner than
@@ -47,6 +50,7 @@ class TrainingProgress(ProgressBar):
         self.leave = leave
         self._enabled = True
         self._line: tqdm | None = None
+        self._measured: tqdm | None = None
         self._tokens = 0
         self._clock = 0.0
 
@@ -97,7 +101,43 @@ class TrainingProgress(ProgressBar):
         )
         line.refresh()
 
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.sanity_checking:
+            self._begin_measuring(trainer, "validation", trainer.num_val_batches)
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._begin_measuring(trainer, "test", trainer.num_test_batches)
+
+    def on_validation_batch_end(self, *arguments: Any, **named: Any) -> None:
+        if self._measured is not None:
+            self._measured.update()
+
+    def on_test_batch_end(self, *arguments: Any, **named: Any) -> None:
+        self.on_validation_batch_end()
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._end_measuring()
+
+    def _begin_measuring(self, trainer: Trainer, name: str, num_batches: Sequence[float]) -> None:
+        total = sum(num_batches)
+        self._measured = tqdm(
+            total=int(total) if total != float("inf") else None,
+            desc=name,
+            unit="batch",
+            dynamic_ncols=True,
+            delay=self.refresh_seconds,
+            leave=False,
+            disable=not self._enabled or not trainer.is_global_zero,
+            file=sys.stderr,
+        )
+
+    def _end_measuring(self) -> None:
+        if self._measured is not None:
+            self._measured.close()
+            self._measured = None
+
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._end_measuring()
         # The time of a validation is no training time.
         self._tokens, self._clock = 0, time.monotonic()
 
@@ -108,6 +148,7 @@ class TrainingProgress(ProgressBar):
         self._close()
 
     def _close(self) -> None:
+        self._end_measuring()
         if self._line is not None:
             self._line.close()
             self._line = None

@@ -20,19 +20,24 @@ class Line:
     """Stands for tqdm's line and keeps what it would show."""
 
     shown: list[tuple[dict[str, Any], str]]
+    closed: list[tuple[str, int, int]]
 
     def __init__(self, real: Any) -> None:
-        self.real, self.shown = real, []
+        self.real, self.shown, self.closed = real, [], []
 
     def __call__(self, **settings: Any) -> Any:
         line = self.real(**settings | {"ncols": 200, "dynamic_ncols": False})
-        refresh = line.refresh
+        refresh, close = line.refresh, line.close
 
         def record(*arguments: Any, **named: Any) -> Any:
             self.shown.append((dict(line.format_dict), str(line)))
             return refresh(*arguments, **named)
 
-        line.refresh = record
+        def end() -> None:
+            self.closed.append((line.desc, line.n, line.total))
+            close()
+
+        line.refresh, line.close = record, end
         return line
 
 
@@ -81,3 +86,9 @@ def test_slow_steps_are_shown_one_by_one(
     progress = TrainingProgress(refresh_rate=5, refresh_seconds=seconds)
     toy_run(progress, book=Book(), **settings(progress))
     assert sorted({facts["n"] for facts, _ in line.shown} - {0}) == shown
+
+
+def test_validations_have_a_line_of_their_own(tmp_path: Path, line: Line) -> None:
+    progress = TrainingProgress()
+    toy_run(progress, book=Book(), **settings(progress) | {"limit_val_batches": 3})
+    assert set(line.closed) == {("validation", 3, 3), ("train", 8, 8)}
