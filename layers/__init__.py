@@ -12,7 +12,7 @@ from .contract import (
     record,
     tag_parameter,
 )
-from .registry import build_mixer, list_mixers, mixer_config, register_mixer
+from .registry import build_mixer, list_mixers, mixer_config, register_mixer, register_preset
 
 __all__ = [
     "LayerOutput",
@@ -28,5 +28,6 @@ __all__ = [
     "probe",
     "record",
     "register_mixer",
+    "register_preset",
     "tag_parameter",
 ]

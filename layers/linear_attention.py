@@ -11,7 +11,6 @@ State: S (K x E) and, where normalised, n (K) per key/value head, float32. Const
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +28,7 @@ from .contract import (
     check_choice,
     check_positive,
 )
+from .parts.decay import make_decay
 from .parts.feature_maps import list_feature_maps, make_feature_map
 from .parts.kv_cache import empty_tokens
 from .parts.norm import RMSNorm
@@ -92,7 +92,7 @@ class LinearAttentionConfig(MixerConfig):
             )
         check_choice("feature_map", self.feature_map, list_feature_maps())
         check_choice("decay", self.decay, ("none", "fixed"))
-        if self.normalize and self.feature_map in ("hadamard", "identity"):
+        if self.normalize and self.feature_map in ("hadamard", "identity", "l2_norm"):
             raise ValueError(
                 "normalize=True needs weights that cannot be negative, but with feature_map="
                 f"{self.feature_map!r} their sum can cross zero. Set normalize=False or choose another map."
@@ -152,6 +152,7 @@ class LinearAttention(TokenMixer):
         per_head = c.feature_map == "hedgehog_lolcats"
         self.q_map = make_feature_map(c.feature_map, c.key_dim, num_heads=c.num_heads if per_head else None)
         self.k_map = make_feature_map(c.feature_map, c.key_dim, num_heads=c.kv_heads if per_head else None)
+        self.decay = make_decay(c.decay, c.d_model, c.kv_heads)
         self.o_norm = RMSNorm(c.value_dim) if c.norm_output else None
         self.rotary = Rotary(c.key_dim, c.rope_theta) if c.use_rope else None
         self.init_weights()
@@ -190,7 +191,7 @@ class LinearAttention(TokenMixer):
             self.q_map(q),  # (B, T, H, K)
             self.k_map(k),
             v,
-            g=self._log_decay(v),
+            g=None if self.decay is None else self.decay(x),  # (B, T, G)
             normalize=self.config.normalize,
             scale=self.q_map.scale,
             eps=self.config.eps,
@@ -244,11 +245,3 @@ class LinearAttention(TokenMixer):
                 "chunk_size": 7,
             },
         )
-
-    def _log_decay(self, v: Tensor) -> Tensor | None:
-        """Log-decay (B, T, G) of every token, None without decay."""
-        if self.config.decay == "none":
-            return None
-        rates = [math.log1p(-(2.0 ** (-5 - head))) for head in range(self.num_kv_heads)]
-        wide = torch.float64 if v.dtype == torch.float64 else torch.float32
-        return torch.tensor(rates, device=v.device, dtype=wide).expand(*v.shape[:2], -1)

@@ -3,30 +3,45 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from .attention import Attention, AttentionConfig
 from .base_conv import BaseConv, BaseConvConfig
 from .based import BasedAttention, BasedConfig
 from .contract import MixerConfig, TokenMixer, suggest
+from .gated_linear_attention import GatedLinearAttention, GatedLinearAttentionConfig
 from .linear_attention import LinearAttention, LinearAttentionConfig
 from .lolcats import Lolcats, LolcatsConfig
 from .mamba1 import Mamba1, Mamba1Config
 from .mamba2 import Mamba2, Mamba2Config
 from .mamba3 import Mamba3, Mamba3Config
 from .parallel import Parallel, ParallelConfig
+from .presets import PRESETS
 from .sequential import Sequential, SequentialConfig
 from .sliding_window import SlidingWindowAttention, SlidingWindowConfig
+
+SmallConfigs = tuple[Mapping[str, Any], Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
 class MixerEntry:
-    """A registered mixer: its class, its config dataclass, and the fields that a preset fixes as defaults."""
+    """A registered mixer.
+
+    Attributes:
+        mixer, config: its class and its config dataclass.
+        preset: defaults that take the place of those of the config.
+        own_small_configs: those of a preset; None for those of the class.
+    """
 
     mixer: type[TokenMixer]
     config: type[MixerConfig]
     preset: Mapping[str, Any] = field(default_factory=dict)
+    own_small_configs: SmallConfigs | None = None
+
+    def small_configs(self) -> SmallConfigs:
+        """Two small configs of unequal sizes (fields without `type`), used by the contract tests."""
+        return self.mixer.small_configs() if self.own_small_configs is None else self.own_small_configs
 
 
 _MIXERS: dict[str, MixerEntry] = {}
@@ -58,6 +73,29 @@ def register_mixer(
             "name."
         )
     _MIXERS[name] = MixerEntry(mixer, config, dict(preset or {}))
+
+
+def register_preset(
+    name: str, base: str, defaults: Mapping[str, Any], small_configs: SmallConfigs | None = None
+) -> None:
+    """Adds a mixer type that is another one with other defaults.
+
+    Args:
+        name: the new type.
+        base: a registered type; its own preset holds where `defaults` says nothing.
+        defaults: fields of its config.
+        small_configs: two small configs of unequal sizes for the contract tests (default: those of `base`).
+
+    Raises:
+        ValueError: the name is taken, the base is unknown, or its config has no such field.
+    """
+    entry = mixer_entry(base)
+    known = {item.name for item in fields(entry.config)}
+    for key in defaults:
+        if key not in known:
+            raise ValueError(f"mixer {base!r} has no field {key!r}. {suggest(key, known)}")
+    register_mixer(name, entry.mixer, entry.config, {**entry.preset, **defaults})
+    _MIXERS[name] = replace(_MIXERS[name], own_small_configs=small_configs or entry.own_small_configs)
 
 
 def mixer_entry(name: str) -> MixerEntry:
@@ -118,6 +156,7 @@ def build_mixer(config: Mapping[str, Any] | MixerConfig) -> TokenMixer:
 register_mixer("attention", Attention, AttentionConfig)
 register_mixer("base_conv", BaseConv, BaseConvConfig)
 register_mixer("based", BasedAttention, BasedConfig)
+register_mixer("gated_linear_attention", GatedLinearAttention, GatedLinearAttentionConfig)
 register_mixer("linear_attention", LinearAttention, LinearAttentionConfig)
 register_mixer("lolcats", Lolcats, LolcatsConfig)
 register_mixer("mamba1", Mamba1, Mamba1Config)
@@ -126,3 +165,5 @@ register_mixer("mamba3", Mamba3, Mamba3Config)
 register_mixer("parallel", Parallel, ParallelConfig)
 register_mixer("sequential", Sequential, SequentialConfig)
 register_mixer("sliding_window", SlidingWindowAttention, SlidingWindowConfig)
+for _name, _preset in PRESETS.items():
+    register_preset(_name, _preset.base, _preset.defaults, _preset.small_configs)

@@ -28,6 +28,7 @@ from record_tables import markdown, readable
 
 from memzoo.layers import TokenMixer, build_mixer
 from memzoo.layers.parts.feature_maps import list_feature_maps, make_feature_map
+from memzoo.layers.presets import PRESETS
 from memzoo.layers.registry import mixer_entry
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -55,6 +56,11 @@ SUBJECTS: dict[str, list[tuple[str, dict[str, Any]]]] = {
         ("`based`, feature_dim 24", {"type": "based", **HEADS, "feature_dim": 24}),
         ("`base_conv`, gated", {"type": "base_conv", "d_model": 1024}),
         ("`base_conv`, zoology", {"type": "base_conv", "d_model": 1024, "variant": "zoology"}),
+    ],
+    "gated": [
+        FULL,
+        ("`retnet`", {"type": "retnet", **HEADS}),
+        ("`simple_gla`", {"type": "simple_gla", **HEADS}),
     ],
     "lolcats": [
         FULL,
@@ -244,6 +250,16 @@ def fields_of(cls: type) -> Iterator[tuple[str, str, str, str]]:
         yield name, _kind(parameter.annotation), default, meanings[name]
 
 
+def preset_table(base: str, page: Path) -> str:
+    """The presets of a mixer type with what they set."""
+    rows = []
+    for name, preset in PRESETS.items():
+        if preset.base == base:
+            values = ", ".join(f"`{field}: {_yaml(value)}`" for field, value in preset.defaults.items())
+            rows.append([f"`{name}`", f"[{preset.source}](https://arxiv.org/abs/{preset.source})", values])
+    return markdown(["name", "paper", "what it sets"], rows)
+
+
 def feature_map_table(argument: str, page: Path) -> str:
     """The feature maps with the number of features for heads of width 16."""
     rows = []
@@ -375,6 +391,7 @@ TABLES: dict[str, Callable[[str, Path], str]] = {
     "costs": cost_table,
     "feature_maps": feature_map_table,
     **mixer_tables.TABLES,
+    "presets": preset_table,
     **record_tables.TABLES,
 }
 

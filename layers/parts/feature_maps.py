@@ -185,6 +185,18 @@ class Identity(FeatureMap):
         return x
 
 
+class L2Norm(FeatureMap):
+    """x / sqrt(|x|^2 + 1e-6), K = d; zero stays zero. May be negative, so it takes no normaliser."""
+
+    is_positive = False
+
+    def __init__(self, head_dim: int) -> None:
+        super().__init__(head_dim, head_dim)
+
+    def _features(self, x: Tensor) -> Tensor:
+        return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)
+
+
 class Rebased(FeatureMap):
     """Squares and products of y = LayerNorm(x) gamma + beta: (y_q . y_k)^2 / d (arXiv 2402.10644).
 
@@ -273,6 +285,7 @@ _MAPS: dict[str, type[FeatureMap]] = {
     "hedgehog": Hedgehog,
     "hedgehog_lolcats": HedgehogLolcats,
     "identity": Identity,
+    "l2_norm": L2Norm,
     "rebased": Rebased,
     "relu": Relu,
     "t2r": T2R,

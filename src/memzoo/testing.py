@@ -60,7 +60,7 @@ class ContractReport:
 
 def small_configs(type: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """Two small configs of unequal sizes for a registered mixer type."""
-    first, second = mixer_entry(type).mixer.small_configs()
+    first, second = mixer_entry(type).small_configs()
     return {"type": type, **first}, {"type": type, **second}
 
 

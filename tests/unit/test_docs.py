@@ -17,6 +17,7 @@ import pytest
 
 from memzoo import cli, configs
 from memzoo.layers import list_mixers, mixer_config
+from memzoo.layers.presets import PRESETS
 from memzoo.layers.registry import _MIXERS
 from memzoo.models.config import MLP_TYPES
 from memzoo.records import write_record
@@ -26,7 +27,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROO
 EXAMPLES = [
     "docs/evaluate.md",
     "docs/models.md",
-    *(f"docs/mixers/{name}.md" for name in ("attention", "linear", "lolcats")),
+    *(f"docs/mixers/{name}.md" for name in ("attention", "gated", "linear", "lolcats")),
 ]
 EXAMPLES.append("docs/mixers/composites.md")
 
@@ -176,7 +177,10 @@ def test_every_mixer_has_fields_and_a_line() -> None:
     text = "".join(page.read_text(encoding="utf-8") for page in sorted(folder.glob("*.md")))
     for name in list_mixers():
         assert f"| `{name}` |" in index
-        assert f"<!-- table: fields {name} -->" in text
+        fields = PRESETS[name].base if name in PRESETS else name
+        assert f"<!-- table: fields {fields} -->" in text
+    for base in {preset.base for preset in PRESETS.values()}:
+        assert f"<!-- table: presets {base} -->" in text
 
 
 def test_members_are_valid_configs() -> None:

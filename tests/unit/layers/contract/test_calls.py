@@ -201,7 +201,7 @@ def test_mistakes_of_a_config_are_named(values, message):
 
 def test_configs_are_plain_data_both_ways():
     for name in list_mixers():
-        for values in mixer_entry(name).mixer.small_configs():
+        for values in mixer_entry(name).small_configs():
             config = mixer_config({"type": name, **values})
             assert mixer_config(config.to_dict()) == config
             assert mixer_config(config) is config
