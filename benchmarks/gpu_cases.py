@@ -18,12 +18,14 @@ from torch import Tensor
 from memzoo.kernels import (
     KVPrefix,
     LinearState,
+    MLSTMState,
     attention,
     causal_conv,
     decode_attention,
     linear_attention,
     linear_cross_entropy,
     linear_divergence,
+    mlstm,
     selective_scan,
     taylor_attention,
 )
@@ -276,6 +278,48 @@ def _linear(
         return {key: tensor for key, tensor in found.items() if tensor is not None}
 
     return Case("linear_attention", name, make, call, ("g", "memory", "normalizer"))
+
+
+# ------------------------------------------------------------------ mLSTM
+
+_MLSTM_STATE = ("memory", "normalizer", "stabilizer")
+
+
+def _mlstm(
+    name: str,
+    *,
+    tokens: int = 0,
+    lengths: Sequence[int] | None = None,
+    widths: tuple[int, int] = (32, 32),
+    with_state: bool = False,
+    **options: Any,
+) -> Case:
+    num_rows, num_tokens, num_sequences = _rows(lengths, 2, tokens)
+
+    def make(generator: torch.Generator) -> Tensors:
+        heads, (key, value) = (num_rows, num_tokens, 2), widths
+        made = {"q": _randn(generator, *heads, key), "k": _randn(generator, *heads, key)}
+        made |= {"v": _randn(generator, *heads, value), "i": 2 * _randn(generator, *heads)}
+        made["f"] = _randn(generator, *heads)
+        if with_state:
+            shape = (num_sequences, 2, key)
+            made["memory"] = _randn(generator, *shape, value)
+            made |= {"normalizer": _randn(generator, *shape), "stabilizer": _randn(generator, *shape[:2])}
+        return made
+
+    def call(tensors: Tensors, backend: str) -> Tensors:
+        out, state = mlstm(
+            *(tensors[key] for key in ("q", "k", "v", "i", "f")),
+            initial_state=MLSTMState(*(tensors[part] for part in _MLSTM_STATE)) if with_state else None,
+            return_state=True,
+            cu_seqlens=_bounds(lengths),
+            backend=backend,
+            **options,
+        )
+        assert state is not None
+        return {"output": out, **state._asdict()}
+
+    return Case("mlstm", name, make, call, ("i", "f", *_MLSTM_STATE))
 
 
 # ------------------------------------------------------------------ Taylor attention
@@ -540,6 +584,10 @@ CASES: tuple[Case, ...] = (
     _linear("grouped values, decay per value head", tokens=65, heads=(2, 2, 4), decay_heads=4),
     _linear("packed, state", lengths=(37, 0, 1, 64, 20), with_state=True),
     _linear("packed, decay, state", lengths=(37, 0, 1, 64, 20), decay_heads=3, with_state=True),
+    _mlstm("no state", tokens=130),
+    _mlstm("one token", tokens=1, with_state=True),
+    _mlstm("odd widths, small chunks, state", tokens=70, widths=(24, 40), with_state=True, chunk_size=16),
+    _mlstm("packed, state", lengths=(37, 0, 1, 64, 20), with_state=True),
     _taylor("plain", tokens=70),
     _taylor("grouped heads, state", tokens=45, heads=(4, 2), with_state=True),
     _taylor("expanded, narrow heads, state", tokens=40, widths=(5, 19), layout="expanded", with_state=True),

@@ -7,6 +7,7 @@ from .gated_slot_attention import SlotState, gated_slot_attention
 from .layout import ChunkLayout, sequence_lengths
 from .linear_attention import LinearState, linear_attention
 from .linear_cross_entropy import linear_cross_entropy, linear_divergence
+from .mlstm import MLSTMState, mlstm
 from .selective_scan import selective_scan
 from .taylor_attention import taylor_attention
 
@@ -16,6 +17,7 @@ __all__ = [
     "KVPrefix",
     "LinearState",
     "SlotState",
+    "MLSTMState",
     "attention",
     "available_backends",
     "causal_conv",
@@ -24,6 +26,7 @@ __all__ = [
     "linear_attention",
     "linear_cross_entropy",
     "linear_divergence",
+    "mlstm",
     "selective_scan",
     "sequence_lengths",
     "taylor_attention",

@@ -26,6 +26,7 @@ OPERATIONS: dict[str, tuple[str, ...]] = {
     "linear_attention": ("reference", "torch", "fla"),
     "linear_cross_entropy": ("reference", "torch"),
     "linear_divergence": ("reference", "torch"),
+    "mlstm": ("reference", "torch"),
     "selective_scan": ("reference", "torch", "mamba_ssm"),
     "taylor_attention": ("reference", "torch", "triton"),
 }
@@ -74,6 +75,8 @@ def available_backends(op: str) -> tuple[str, ...]:
         op: name of an operation: "attention", "causal_conv", "decode_attention", "gated_slot_attention",
             "linear_attention", "linear_cross_entropy", "linear_divergence", "selective_scan" or
             "taylor_attention".
+        op: name of an operation: "attention", "causal_conv", "decode_attention", "linear_attention",
+            "linear_cross_entropy", "linear_divergence", "mlstm", "selective_scan" or "taylor_attention".
 
     Returns:
         Names, "reference" first. External kernels are listed only when they import and CUDA is available.

@@ -32,6 +32,7 @@ from .contract import (
 )
 from .parts.decay import DECAYS, make_decay
 from .parts.feature_maps import list_feature_maps, make_feature_map
+from .parts.heads import head_width
 from .parts.kv_cache import empty_tokens
 from .parts.norm import RMSNorm
 from .parts.output_gate import GATES, OutputGate
@@ -172,15 +173,7 @@ class GatedLinearAttentionConfig(MixerConfig):
         check_positive(self, "head_dim", "value_dim")
 
     def _share(self, name: str, heads: int, instead: str) -> int:
-        """Width of one of `heads` heads that together have `name` times the width of the model."""
-        expand = getattr(self, name)
-        width = expand * self.d_model / heads
-        if not (width >= 1 and abs(width - round(width)) < 1e-6):
-            raise ValueError(
-                f"{name} * d_model must be a positive multiple of the {heads} heads, got {expand} * "
-                f"{self.d_model}. Or set {instead}."
-            )
-        return round(width)
+        return head_width(self.d_model, getattr(self, name), heads, name=name, instead=instead)
 
 
 @dataclass(kw_only=True)

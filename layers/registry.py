@@ -16,6 +16,7 @@ from .lolcats import Lolcats, LolcatsConfig
 from .mamba1 import Mamba1, Mamba1Config
 from .mamba2 import Mamba2, Mamba2Config
 from .mamba3 import Mamba3, Mamba3Config
+from .mlstm import MLSTM, MLSTMConfig
 from .parallel import Parallel, ParallelConfig
 from .presets import PRESETS
 from .sequential import Sequential, SequentialConfig
@@ -162,6 +163,7 @@ register_mixer("lolcats", Lolcats, LolcatsConfig)
 register_mixer("mamba1", Mamba1, Mamba1Config)
 register_mixer("mamba2", Mamba2, Mamba2Config)
 register_mixer("mamba3", Mamba3, Mamba3Config)
+register_mixer("mlstm", MLSTM, MLSTMConfig)
 register_mixer("parallel", Parallel, ParallelConfig)
 register_mixer("sequential", Sequential, SequentialConfig)
 register_mixer("sliding_window", SlidingWindowAttention, SlidingWindowConfig)

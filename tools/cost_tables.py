@@ -61,6 +61,7 @@ SUBJECTS: dict[str, list[tuple[str, dict[str, Any]]]] = {
         FULL,
         ("`retnet`", {"type": "retnet", **HEADS}),
         ("`simple_gla`", {"type": "simple_gla", **HEADS}),
+        ("`mlstm`", {"type": "mlstm", **HEADS}),
     ],
     "lolcats": [
         FULL,

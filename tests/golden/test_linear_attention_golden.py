@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from memzoo.kernels import LinearState, gated_slot_attention, linear_attention
+from memzoo.kernels import LinearState, linear_attention, mlstm
 from memzoo.testing import assert_close
 
 FILE = Path(__file__).parent / "linear_attention_a.npz"
@@ -169,6 +170,16 @@ class TestGolden:
             chunk_size=chunk_size,
         )
         check(case, inputs, output, list(state), bound)
+    def test_mlstm(self, backend: str, chunk_size: int, dtype: torch.dtype, bound: float) -> None:
+        case = load("mlstm", dtype)
+        inputs = leaves(case, "q", "k", "v", "i", "f")
+        output, state = mlstm(*inputs.values(), return_state=True, backend=backend, chunk_size=chunk_size)
+        for name, part in (("C", state.memory), ("n", state.normalizer), ("m", state.stabilizer[..., None])):
+            assert_close(name, part, case[name], bound)
+        grads = torch.autograd.grad((output * case["do"]).sum(), list(inputs.values()))
+        assert_close("o", output, case["o"], bound)
+        for name, grad in zip(inputs, grads, strict=True):
+            assert_close(f"grad_{name}", grad, case[f"grad_{name}"], bound)
 
 
 def test_state_cases_are_compared() -> None:
