@@ -73,10 +73,8 @@ def available_backends(op: str) -> tuple[str, ...]:
 
     Args:
         op: name of an operation: "attention", "causal_conv", "decode_attention", "gated_slot_attention",
-            "linear_attention", "linear_cross_entropy", "linear_divergence", "selective_scan" or
+            "linear_attention", "linear_cross_entropy", "linear_divergence", "mlstm", "selective_scan" or
             "taylor_attention".
-        op: name of an operation: "attention", "causal_conv", "decode_attention", "linear_attention",
-            "linear_cross_entropy", "linear_divergence", "mlstm", "selective_scan" or "taylor_attention".
 
     Returns:
         Names, "reference" first. External kernels are listed only when they import and CUDA is available.

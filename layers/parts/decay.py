@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..contract import tag_parameter
 from .projection import init_projections, make_projection
+from .state_space import Float32Parameters, decay_rates, fill, init_step_bias, undecayed
 
 # Dimensions: B batch, T tokens, H heads of the memory, K key channels, M model width
 
@@ -61,33 +61,33 @@ class SigmoidDecay(Decay):
         return F.logsigmoid(wide) / SIGMOID_TEMPERATURE
 
 
-class SoftplusDecay(Decay):
+class SoftplusDecay(Float32Parameters, Decay):
     """g = -exp(A_log) softplus(x W + dt_bias), one per head (Mamba-2; Gated DeltaNet, arXiv 2412.06464).
 
-    `A_log` and `dt_bias` take no weight decay. They are parameters of their own, not the bias of a linear
-    map, so that whoever sets all those to zero leaves the first steps as they are.
+    `A_log` and `dt_bias` take no weight decay and stay float32 in a layer of half precision. They are
+    parameters of their own, not the bias of a linear map, so that whoever sets all those to zero leaves the
+    first steps as they are.
     """
+
+    float32_parameters = ("A_log", "dt_bias")
 
     def __init__(self, d_model: int, num_heads: int) -> None:
         super().__init__()
         self.proj = make_projection(d_model, num_heads)
-        self.A_log = tag_parameter(nn.Parameter(torch.empty(num_heads)), weight_decay=False)
-        self.dt_bias = tag_parameter(nn.Parameter(torch.empty(num_heads)), weight_decay=False)
+        self.A_log = undecayed(num_heads)
+        self.dt_bias = undecayed(num_heads)
 
     def init_weights(self) -> None:
         """Rates exp(A_log) uniform, first steps softplus(dt_bias) log-uniform."""
         init_projections(self.proj)
-        with torch.no_grad():
-            self.A_log.copy_(torch.empty_like(self.A_log).uniform_(*RATE_RANGE).log())
-            low, high = (math.log(step) for step in STEP_RANGE)
-            step = torch.empty_like(self.dt_bias).uniform_(low, high).exp().clamp(min=STEP_FLOOR)
-            self.dt_bias.copy_(step + torch.log(-torch.expm1(-step)))  # the inverse of softplus
+        fill(self.A_log, lambda empty: empty.uniform_(*RATE_RANGE).log_())
+        init_step_bias(self.dt_bias, *STEP_RANGE, STEP_FLOOR)
 
     def forward(self, x: Tensor) -> Tensor:
         logits = self.proj(x)
         wide = torch.promote_types(logits.dtype, torch.float32)
         # softplus(a) = -logsigmoid(-a); torch.compile lays out the gradient of softplus itself wrongly
-        return self.A_log.to(wide).exp() * F.logsigmoid(-(logits.to(wide) + self.dt_bias.to(wide)))
+        return -decay_rates(self.A_log, wide) * F.logsigmoid(-(logits.to(wide) + self.dt_bias.to(wide)))
 
 
 def make_decay(name: str, d_model: int, num_heads: int) -> Decay | None:

@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from memzoo.kernels import LinearState, gated_slot_attention, linear_attention
-from memzoo.kernels import LinearState, linear_attention, mlstm
+from memzoo.kernels import LinearState, gated_slot_attention, linear_attention, mlstm
 from memzoo.testing import assert_close
 
 FILE = Path(__file__).parent / "linear_attention_a.npz"
@@ -170,6 +169,7 @@ class TestGolden:
             chunk_size=chunk_size,
         )
         check(case, inputs, output, list(state), bound)
+
     def test_mlstm(self, backend: str, chunk_size: int, dtype: torch.dtype, bound: float) -> None:
         case = load("mlstm", dtype)
         inputs = leaves(case, "q", "k", "v", "i", "f")
