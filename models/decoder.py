@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..layers.contract import LayerOutput, MixerConfig, SequenceContext, State, TokenMixer, build_context
 from ..layers.parts.norm import RMSNorm
+from ..layers.parts.state_space import Float32Parameters
 from ..layers.registry import build_mixer
 from .config import ModelConfig
 
@@ -446,6 +447,16 @@ def restore_parameter_tags(model: nn.Module, tags: Mapping[str, Mapping[str, Any
     """Puts attributes back that replacing the parameters (meta device, assigning weights) has dropped."""
     for name, parameter in model.named_parameters():
         vars(parameter).update(tags.get(name, {}))
+
+
+def float32_parameter_names(model: nn.Module) -> list[str]:
+    """Names of the parameters that stay float32 where the model is converted to a half precision."""
+    return [
+        f"{prefix}.{name}"
+        for prefix, module in model.named_modules()
+        if isinstance(module, Float32Parameters)
+        for name in module.float32_parameters
+    ]
 
 
 class _NoDrawsOnMeta(TorchFunctionMode):

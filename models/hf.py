@@ -26,7 +26,7 @@ from .checkpoints.errors import CheckpointError
 from .checkpoints.files import StrPath, verify_folder, write_folder
 from .checkpoints.folder import CONFIG_NAME, MODEL_TYPE, fill_tables
 from .checkpoints.safetensors_files import read_header
-from .decoder import DecoderBlock, MemoryLM, parameter_tags, restore_parameter_tags
+from .decoder import DecoderBlock, MemoryLM, float32_parameter_names, parameter_tags, restore_parameter_tags
 from .hf_cache import MemoryCache
 from .hf_config import MemoryConfig
 
@@ -68,6 +68,8 @@ class MemoryForCausalLM(PreTrainedModel, GenerationMixin):
     def __init__(self, config: MemoryConfig) -> None:
         super().__init__(config)
         self.model = MemoryLM(config.model)
+        kept = float32_parameter_names(self.model)
+        self._keep_in_fp32_modules_strict = [f"model.{name}" for name in kept]
         self.post_init()
 
     @classmethod

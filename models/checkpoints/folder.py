@@ -14,7 +14,7 @@ from torch import Tensor
 from ...layers.contract import MixerConfig
 from ...layers.registry import build_mixer
 from ..config import ModelConfig
-from ..decoder import MemoryLM, parameter_tags, restore_parameter_tags
+from ..decoder import MemoryLM, float32_parameter_names, parameter_tags, restore_parameter_tags
 from .config_reader import SourceWeight
 from .errors import CheckpointError
 from .families import (
@@ -158,7 +158,7 @@ def read_weights(
     Args:
         path: a Llama-style or Mamba folder, or a GGUF file (dequantised to float32).
         config: what `read_model_config` returned; read again if None.
-        dtype: convert to this dtype; default as stored.
+        dtype: convert to this dtype, but for what stays float32 in half precision; default as stored.
 
     Returns:
         All weights, each of the shape that the config implies; with tied embeddings no `lm_head.weight`.
@@ -186,8 +186,10 @@ def read_weights(
     infos = {name: info for name, info in list_weights(path).items() if not _IGNORED.fullmatch(name)}
     if is_own:
         weight_map = own_weight_map(config)
+    elif is_mamba(values):
+        weight_map = mamba_weight_map(config, infos, where=str(path))
     else:
-        weight_map = mamba_weight_map(config, infos) if is_mamba(values) else hf_weight_map(config)
+        weight_map = hf_weight_map(config)
     wrong = [] if is_own else [name for name, info in infos.items() if not info.dtype.is_floating_point]
     if wrong:
         raise CheckpointError(
@@ -209,8 +211,13 @@ def read_weights(
     for source in weight_map.values():
         if source.has_middle_axis:
             loaded[source.name] = loaded[source.name].squeeze(1)
+    if dtype is None:
+        return {ours: loaded[source.name] for ours, source in weight_map.items()}
+    kept: set[str] = set()
+    if dtype in (torch.bfloat16, torch.float16):
+        kept.update(float32_parameter_names(MemoryLM(config, device="meta")))
     return {
-        ours: loaded[source.name] if dtype is None else loaded[source.name].to(dtype)
+        ours: loaded[source.name].to(torch.float32 if ours in kept else dtype)
         for ours, source in weight_map.items()
     }
 

@@ -114,7 +114,9 @@ def mamba_config(values: Mapping[str, Any], where: str) -> ModelConfig:
     Raises:
         CheckpointError: a missing or impossible value, or a feature that the layers do not have.
     """
-    return _from_transformers(values, where) if "model_type" in values else _from_state_spaces(values, where)
+    if values.get("model_type") is None:
+        return _from_state_spaces(values, where)
+    return _from_transformers(values, where)
 
 
 def mamba_config_values(config: ModelConfig, layout: str) -> dict[str, Any]:
@@ -134,7 +136,11 @@ def mamba_config_values(config: ModelConfig, layout: str) -> dict[str, Any]:
 
 
 def mamba_weight_map(
-    config: ModelConfig, names: Collection[str] = (), layout: str = "transformers"
+    config: ModelConfig,
+    names: Collection[str] = (),
+    *,
+    layout: str = "transformers",
+    where: str = "the model",
 ) -> dict[str, SourceWeight]:
     """Our names -> names in a Mamba folder.
 
@@ -142,10 +148,18 @@ def mamba_weight_map(
         config: of the model.
         names: the names that a folder holds, which tell its layout.
         layout: used where `names` does not tell.
+        where: named in errors.
+
+    Raises:
+        CheckpointError: sizes that no tensor has.
     """
     embedding = next((name for name in _EMBEDDINGS.values() if name in names), _EMBEDDINGS[layout])
+    try:
+        model = MemoryLM(config, device="meta")
+    except (OverflowError, RuntimeError, TypeError) as error:
+        raise CheckpointError(f"{where} has sizes that no tensor has ({error}).") from error
     weights = {}
-    for ours, tensor in MemoryLM(config, device="meta").state_dict().items():
+    for ours, tensor in model.state_dict().items():
         shape = tuple(tensor.shape)
         is_convolution = ours.endswith(".conv1d.weight")
         if is_convolution:

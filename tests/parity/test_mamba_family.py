@@ -8,6 +8,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+import memzoo
 from memzoo.models.checkpoints.errors import CheckpointError
 from memzoo.models.checkpoints.folder import (
     export_mamba_folder,
@@ -17,7 +18,10 @@ from memzoo.models.checkpoints.folder import (
     read_weights,
 )
 from memzoo.models.config import ModelConfig
-from memzoo.models.decoder import MemoryLM
+from memzoo.models.decoder import MemoryLM, float32_parameter_names
+from memzoo.models.hf import MemoryForCausalLM
+
+from ..unit.models.damage import damaged_copies
 
 VOCAB, LENGTH = 37, 14
 SIZES = {
@@ -179,6 +183,29 @@ def test_bfloat16_folders_keep_their_dtype(tmp_path):
     assert load_model(tmp_path, dtype=torch.float32).norm.weight.dtype == torch.float32
 
 
+@pytest.mark.parametrize("reader", ["memzoo", "transformers"])
+def test_half_precision_leaves_rates_and_steps_alone(tmp_path, reader):
+    torch.manual_seed(0)
+    config = ModelConfig(
+        vocab_size=9, d_model=16, layers=[{"type": "mamba1"}, {"type": "mamba2", "head_dim": 4}]
+    )
+    model = MemoryLM(config)
+    memzoo.save(model, tmp_path / "own")
+    if reader == "memzoo":
+        half = load_model(tmp_path / "own", dtype=torch.bfloat16)
+    else:
+        half = MemoryForCausalLM.from_pretrained(tmp_path / "own", dtype=torch.bfloat16).model
+    kept = float32_parameter_names(model)
+    assert {name.removeprefix("layers.") for name in kept} == {
+        "0.mixer.A_log", "0.mixer.D", "0.mixer.dt_proj.bias", "1.mixer.A_log", "1.mixer.D", "1.mixer.dt_bias"
+    }  # fmt: skip
+    for name, stored in model.state_dict().items():
+        found = half.state_dict()[name]
+        assert found.dtype == (torch.float32 if name in kept else torch.bfloat16), name
+        assert torch.equal(found, stored.to(found.dtype)), name
+    assert half(torch.tensor([[1, 2, 3]])).logits.dtype == torch.bfloat16
+
+
 OLD_CONFIG = {
     "d_model": 16,
     "n_layer": 2,
@@ -285,6 +312,42 @@ def test_a_pickle_is_refused_with_the_way_on(tmp_path):
     with pytest.raises(
         CheckpointError, match=r"pytorch_model\.bin is a pickle file.*Convert it to safetensors"
     ):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize("layout", ["transformers", "state_spaces"])
+@pytest.mark.parametrize("mixer", [{"type": "mamba1", "d_state": 5}, {"type": "mamba2", "head_dim": 4}])
+def test_damaged_configs(tmp_path, mixer, layout):
+    """Each is a CheckpointError that names the file, or a load with the right names and shapes."""
+    config = ModelConfig(vocab_size=24, d_model=8, layers=[mixer], tie_embeddings=True)
+    export_mamba_folder(MemoryLM(config), tmp_path, layout=layout)
+    (tmp_path / "memzoo_manifest.json").unlink()
+    place = tmp_path / "config.json"
+
+    def specification():
+        return {name: tuple(x.shape) for name, x in read_weights(tmp_path).items()}
+
+    content, expected = place.read_bytes(), specification()
+    outcomes = {"refused": 0, "loaded": 0}
+    for index, broken in enumerate(damaged_copies(content, 125, seed=3)):
+        place.write_bytes(broken)
+        try:
+            found = specification()
+        except CheckpointError as error:
+            outcomes["refused"] += 1
+            described = str(error)
+            if str(tmp_path) not in described:
+                pytest.fail(f"copy {index}: the error does not name the file: {described}")
+        else:
+            outcomes["loaded"] += 1
+            assert found == expected, f"copy {index}"
+    assert outcomes["refused"] > 30
+    assert outcomes["loaded"] > 5
+
+
+def test_sizes_that_no_tensor_has_are_named(tmp_path):
+    write_original(tmp_path, {"d_model": 2**31 - 1, "ssm_cfg": {"expand": 2**31 - 1, "dt_rank": 1}})
+    with pytest.raises(CheckpointError, match="sizes that no tensor has"):
         load_model(tmp_path)
 
 
