@@ -12,7 +12,7 @@ def first_turn(tokenizer: Any, content: str) -> str:
     """The user's first turn, with what the chat template puts before it (a system prompt) and after it.
 
     Raises:
-        ValueError: the tokenizer has no chat template.
+        ValueError: the tokenizer has no chat template, or one that refuses the turn.
     """
     return _rendered(tokenizer, [{"role": "user", "content": content}], is_open=True)
 
@@ -47,5 +47,8 @@ def next_turn(tokenizer: Any, content: str) -> str:
 def _rendered(tokenizer: Any, talk: list[dict[str, str]], is_open: bool) -> str:
     if not tokenizer.chat_template:
         raise ValueError("the tokenizer has no chat template. Leave --chat out.")
-    text: str = tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=is_open)
+    try:
+        text: str = tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=is_open)
+    except Exception as error:  # of the template's own, or whatever its expressions raise
+        raise ValueError(f"the chat template refuses the turn: {error}. Leave --chat out.") from error
     return text

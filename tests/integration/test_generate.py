@@ -307,6 +307,11 @@ def test_mistakes_are_found_before_the_model_is_loaded(
             (workplace / "broken").mkdir(exist_ok=True)
             (workplace / "broken" / "tokenizer.json").write_text("{")
             assert message in says(*model, *arguments, status=2), arguments
+        strict = byte_tokenizer()
+        strict.chat_template = "{{ raise_exception('roles must alternate') }}"
+        strict.save_pretrained("strict")
+        refused = says(*model, "--tokenizer", "strict", "--chat", "--prompt", "x", status=2)
+        assert "the chat template refuses the turn: roles must alternate" in refused
         byte_tokenizer().save_pretrained("plain")
         plain = (*model, "--tokenizer", "plain", "--chat", "--prompt", "x")
         assert "the tokenizer has no chat template" in says(*plain, status=2)

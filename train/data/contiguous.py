@@ -47,7 +47,7 @@ class ContiguousBatches(BatchSource):
         max_windows: stop an epoch after this many windows, padded ones included; None reads all.
 
     Raises:
-        ValueError: fewer documents than rows.
+        ValueError: fewer documents than rows, or none from which something can be learned.
     """
 
     def __init__(
@@ -67,6 +67,10 @@ class ContiguousBatches(BatchSource):
         kept = stream.lengths > 1
         self._starts, self._lengths = stream.starts[kept].numpy(), stream.lengths[kept].numpy()
         self._num_windows = -(-(self._lengths - 1) // seq_len)
+        if not len(self._starts):
+            raise ValueError(
+                "there is no document of two tokens or more, and one predicts nothing. Give longer ones."
+            )
         if num_rows > len(self._starts):
             raise ValueError(
                 f"{len(self._starts)} documents do not fill {num_rows} rows, and rows read whole documents. "

@@ -117,13 +117,11 @@ class ConversationEncoder:
         return whole, turns
 
     def _render(self, messages: Messages, place: str, *, is_open: bool = False) -> str:
-        from jinja2 import TemplateError
-
         try:
             text = self.tokenizer.apply_chat_template(
                 [dict(message) for message in messages], tokenize=False, add_generation_prompt=is_open
             )
-        except TemplateError as error:
+        except Exception as error:  # of the template's own, or whatever its expressions raise
             raise ValueError(
                 f"{place}: the chat template of {self.source!r} refuses the first {len(messages)} messages: "
                 f"{error}"

@@ -135,7 +135,7 @@ class TextDataModule(LightningDataModule):
     def _val_batches(self, max_windows: int | None) -> BatchSource:
         assert self._val is not None, "setup() has not run"
         # Held-out documents may be few; rows without any would only be padding.
-        num_documents = int((self._val.lengths > 1).sum())
+        num_documents = max(int((self._val.lengths > 1).sum()), 1)
         size = min(self.batch_size, num_documents) if self.contiguous else self.batch_size
         return self._batches(self._val, size, shuffle=False, max_windows=max_windows)
 

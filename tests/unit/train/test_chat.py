@@ -148,6 +148,10 @@ BAD_TEMPLATES = {
         "refuses the first 5 messages: too long",
     ),
     "broken": ("{% for m in messages %}", "refuses the first 5 messages"),
+    "of another kind": (
+        "{{ messages[0].content + 1 }}",
+        "refuses the first 5 messages: can only concatenate",
+    ),
 }
 
 

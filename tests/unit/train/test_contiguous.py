@@ -134,6 +134,11 @@ def test_the_data_module_reads_contiguous_batches(tmp_path: Path) -> None:
     val = list(module.val_dataloader())
     assert val[0].input_ids.shape == (2, 16), "as many rows as held-out documents"
     assert val[0].resets.all()
+    (tmp_path / "empty.jsonl").write_text('{"text": ""}\n' * 20)
+    held_out = TextDataModule(files=str(path), val_files=str(tmp_path / "empty.jsonl"), **settings)
+    held_out.setup()
+    with pytest.raises(ValueError, match="no document of two tokens or more"):
+        held_out.val_dataloader()
     with pytest.raises(ValueError, match="10 documents do not fill 11 rows"):
         TextDataModule(files=str(path), **settings | {"batch_size": 11}).setup()
     with pytest.raises(ValueError, match="always reset at documents"):
