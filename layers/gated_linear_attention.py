@@ -1,11 +1,14 @@
 """Gated linear attention: a linear recurrence whose decay, gates and convolutions depend on the tokens.
 
-    S_t = Diag(exp(g_t)) S_{t-1} + k_t^T v_t
-    o_t = s q_t S_t,   y_t = W_o (norm(o_t) * gate(x_t))
+    S~_t = Diag(exp(g_t)) S_{t-1}
+    S_t  = S~_t + k_t^T v_t                          additive rule
+    S_t  = S~_t + k_t^T beta_t (v_t - k_t S~_t)      delta rule
+    o_t  = s q_t S_t,   y_t = W_o (norm(o_t) * gate(x_t))
 
 One shell for the family: q, k, v are projected, convolved, activated, rotated and mapped as the config says;
-g_t comes from parts/decay.py, the gate from parts/output_gate.py. The published members are presets of it
-(presets.py): RetNet (arXiv 2307.08621), simple GLA and GLA (2312.06635).
+g_t comes from parts/decay.py, beta_t from parts/write_step.py, the gate from parts/output_gate.py. The
+published members are presets of it (presets.py): RetNet (arXiv 2307.08621), simple GLA and GLA (2312.06635),
+DeltaNet (2406.06484), Gated DeltaNet (2412.06464), Kimi Delta Attention (2510.26692).
 State: S (K x E) per value head, float32, and the last inputs of the convolution. Constant.
 """
 
@@ -39,6 +42,7 @@ from .parts.output_gate import GATES, OutputGate
 from .parts.projection import init_projections, projection_flops
 from .parts.rotary import Rotary
 from .parts.short_conv import ShortConv
+from .parts.write_step import WriteStep
 
 # Dimensions: B batch, T tokens, N sequences, H query heads, G key heads, HV value heads, F raw query/key
 # width, K features, E value width, D channels of the convolution, C its taps
@@ -63,9 +67,12 @@ class GatedLinearAttentionConfig(MixerConfig):
         conv_size: taps of the convolution over queries, keys and values; 0 for none.
         activation: of queries, keys and values behind the convolution: "silu" or "none".
         decay: "none"; "fixed" for the decays of RetNet; "sigmoid_head" or "softplus_head" for one per token
-            and value head.
+            and value head; "sigmoid_channel" or "softplus_channel" for one per key channel too.
+        decay_bound: what the log-decays of "softplus_channel" stay above, for instance -5; null for no bound.
+        rule: "additive", or "delta" for writing what the key does not read yet.
+        allow_neg_eigval: steps of the delta rule up to 2 in place of 1; needs keys of length one.
         gate: activation of the output gate: "silu", "sigmoid", or "none" for no gate.
-        gate_rank: rank of the projection of the gate (default: full).
+        gate_low_rank: project the gate through the width of one value head.
         norm_eps: added to the mean square in the norm of the output.
         chunk_size: tokens per block of the parallel form; changes speed, not numbers.
     """
@@ -84,8 +91,11 @@ class GatedLinearAttentionConfig(MixerConfig):
     conv_size: int = 0
     activation: str = "none"
     decay: str = "none"
+    decay_bound: float | None = None
+    rule: str = "additive"
+    allow_neg_eigval: bool = False
     gate: str = "none"
-    gate_rank: int | None = None
+    gate_low_rank: bool = False
     norm_eps: float = 1e-5
     chunk_size: int = 64
 
@@ -96,19 +106,15 @@ class GatedLinearAttentionConfig(MixerConfig):
             check_positive(self, "conv_size")
         self._resolve_heads()
         self._resolve_widths()
-        if self.gate_rank is not None:
-            check_positive(self, "gate_rank")
         for name, known in (
             ("feature_map", list_feature_maps()),
             ("activation", ("none", "silu")),
             ("decay", DECAYS),
+            ("rule", ("additive", "delta")),
             ("gate", ("none", *GATES)),
         ):
             check_choice(name, getattr(self, name), known)
-        if self.gate_rank is not None and self.gate == "none":
-            raise ValueError(
-                f'gate_rank={self.gate_rank} has no effect with gate="none". Leave it out or choose a gate.'
-            )
+        self._check_parts()
         if not self.norm_eps > 0:
             raise ValueError(f"norm_eps must be above 0, got {self.norm_eps}.")
         if self.use_rope:
@@ -172,6 +178,21 @@ class GatedLinearAttentionConfig(MixerConfig):
             object.__setattr__(self, "head_dim", self._share("expand_k", self.num_heads, "head_dim"))
         check_positive(self, "head_dim", "value_dim")
 
+    def _check_parts(self) -> None:
+        """Fields that need another one."""
+        if self.gate_low_rank and self.gate == "none":
+            raise ValueError('gate_low_rank has no effect with gate="none". Leave it out or choose a gate.')
+        if self.decay_bound is not None and (self.decay != "softplus_channel" or not self.decay_bound < 0):
+            raise ValueError(
+                'decay_bound must be below 0 and needs decay="softplus_channel", got '
+                f"{self.decay_bound} and {self.decay!r}. Leave it out for no bound."
+            )
+        if self.allow_neg_eigval and (self.rule != "delta" or self.feature_map != "l2_norm"):
+            raise ValueError(
+                'allow_neg_eigval needs rule="delta" and feature_map="l2_norm", got '
+                f"{self.rule!r} and {self.feature_map!r}: with longer keys a step above 1 diverges."
+            )
+
     def _share(self, name: str, heads: int, instead: str) -> int:
         return head_width(self.d_model, getattr(self, name), heads, name=name, instead=instead)
 
@@ -208,18 +229,34 @@ class GatedLinearAttention(TokenMixer):
         per_head = c.feature_map == "hedgehog_lolcats"
         self.q_map = make_feature_map(c.feature_map, c.key_width, num_heads=c.num_heads if per_head else None)
         self.k_map = make_feature_map(c.feature_map, c.key_width, num_heads=c.key_heads if per_head else None)
-        self.decay = make_decay(c.decay, c.d_model, c.value_heads)
+        self.decay = make_decay(
+            c.decay,
+            c.d_model,
+            c.value_heads,
+            key_width=self.k_map.out_dim,
+            value_width=c.value_width,
+            bound=c.decay_bound,
+        )
+        self.beta = None
+        if c.rule == "delta":
+            self.beta = WriteStep(c.d_model, c.value_heads, 2.0 if c.allow_neg_eigval else 1.0)
         self.o_norm = RMSNorm(c.value_width, c.norm_eps)
         self.gate = None
         if c.gate != "none":
-            self.gate = OutputGate(c.d_model, c.output_heads, c.value_width, c.gate, c.gate_rank)
+            self.gate = OutputGate(
+                c.d_model,
+                c.output_heads,
+                c.value_width,
+                c.gate,
+                rank=c.value_width if c.gate_low_rank else None,
+            )
         self.o_proj = nn.Linear(c.output_heads * c.value_width, c.d_model, bias=False)
         self.init_weights()
 
     def init_weights(self) -> None:
         """Projections N(0, 0.02) with zero biases; every part as it defines."""
         init_projections(self.q_proj, self.k_proj, self.v_proj, self.o_proj)
-        for part in (self.conv, self.q_map, self.k_map, self.decay, self.gate):
+        for part in (self.conv, self.q_map, self.k_map, self.decay, self.beta, self.gate):
             if part is not None:
                 part.init_weights()
         self.o_norm.reset_parameters()
@@ -240,7 +277,7 @@ class GatedLinearAttention(TokenMixer):
     def mix(self, x: Tensor, ctx: SequenceContext, state: GatedLinearAttentionState | None) -> LayerOutput:
         """Project, convolve, map; run the recurrence; normalise and gate."""
         q, k, v, tail = self._heads(x, ctx, None if state is None else state.tail)
-        g = None if self.decay is None else self.decay(x)  # (B, T, HV)
+        g = None if self.decay is None else self.decay(x)  # (B, T, HV) or (B, T, HV, K)
         if g is not None:
             record("log_decay", g)
         out, memory = linear_attention(
@@ -248,6 +285,8 @@ class GatedLinearAttention(TokenMixer):
             self.k_map(k),  # (B, T, G, K)
             v,
             g=g,
+            beta=None if self.beta is None else self.beta(x),  # (B, T, HV)
+            rule=self.config.rule,
             scale=self.q_map.scale,
             initial_state=None if state is None else LinearState(state.memory),
             return_state=ctx.return_state,
@@ -265,18 +304,20 @@ class GatedLinearAttention(TokenMixer):
         return LayerOutput(self.o_proj(out.flatten(-2)), new_state)
 
     def flops_per_token(self, num_tokens: int) -> int:
-        """Projections, feature maps, one write per memory and one read per query head."""
+        """Projections, feature maps, one write per memory and one read per query head; and what each key
+        reads first with the delta rule.
+        """
         c = self.config
         projections = projection_flops(
-            self.q_proj, self.k_proj, self.v_proj, self.o_proj, self.decay, self.gate
+            self.q_proj, self.k_proj, self.v_proj, self.o_proj, self.decay, self.beta, self.gate
         )
         maps = self.q_map.num_flops(c.num_heads) + self.k_map.num_flops(c.key_heads)
-        memory = 2 * (c.value_heads + c.output_heads) * self.k_map.out_dim * c.value_width
-        return projections + maps + memory
+        products = c.value_heads * (2 if c.rule == "delta" else 1) + c.output_heads
+        return projections + maps + 2 * products * self.k_map.out_dim * c.value_width
 
     @classmethod
     def small_configs(cls) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
-        """Grouped query heads without parts; grouped value heads with convolution, decay and gate."""
+        """Grouped query heads without parts; grouped value heads with all parts."""
         return (
             {
                 "d_model": 16,
@@ -295,8 +336,10 @@ class GatedLinearAttention(TokenMixer):
                 "conv_size": 3,
                 "activation": "silu",
                 "decay": "softplus_head",
+                "rule": "delta",
+                "allow_neg_eigval": True,
                 "gate": "sigmoid",
-                "gate_rank": 2,
+                "gate_low_rank": True,
                 "chunk_size": 7,
             },
         )

@@ -30,6 +30,22 @@ class Preset:
 
 
 PRESETS: dict[str, Preset] = {
+    "delta_net": Preset(
+        base="gated_linear_attention",
+        source="2406.06484",
+        defaults={"rule": "delta", "feature_map": "l2_norm", "conv_size": 4, "activation": "silu"},
+        small_configs=(
+            {
+                "d_model": 12,
+                "num_heads": 4,
+                "num_kv_heads": 2,
+                "head_dim": 3,
+                "value_dim": 5,
+                "chunk_size": 5,
+            },
+            {"d_model": 10, "num_heads": 2, "conv_size": 2, "allow_neg_eigval": True, "chunk_size": 7},
+        ),
+    ),
     "dpfp": Preset(
         base="linear_attention",
         source="2102.11174",
@@ -39,6 +55,48 @@ PRESETS: dict[str, Preset] = {
             {"d_model": 10, "num_heads": 2, "feature_dim": 5, "decay": "fixed", "chunk_size": 7},
         ),
     ),
+    "gated_delta_net": Preset(
+        base="gated_linear_attention",
+        source="2412.06464",
+        defaults={
+            "rule": "delta",
+            "decay": "softplus_head",
+            "feature_map": "l2_norm",
+            "conv_size": 4,
+            "activation": "silu",
+            "gate": "silu",
+            "expand_k": 0.75,
+            "expand_v": 1.5,
+        },
+        small_configs=(
+            {"d_model": 12, "num_heads": 3, "chunk_size": 5},
+            {
+                "d_model": 10,
+                "num_heads": 2,
+                "num_value_heads": 4,
+                "head_dim": 3,
+                "value_dim": 5,
+                "allow_neg_eigval": True,
+                "chunk_size": 7,
+            },
+        ),
+    ),
+    "gla": Preset(
+        base="gated_linear_attention",
+        source="2312.06635",
+        defaults={"decay": "sigmoid_channel", "gate": "silu", "expand_k": 0.5},
+        small_configs=(
+            {"d_model": 12, "num_heads": 3, "chunk_size": 5},
+            {
+                "d_model": 10,
+                "num_heads": 4,
+                "num_kv_heads": 2,
+                "head_dim": 3,
+                "conv_size": 3,
+                "chunk_size": 7,
+            },
+        ),
+    ),
     "hedgehog": Preset(
         base="linear_attention",
         source="2402.04347",
@@ -46,6 +104,31 @@ PRESETS: dict[str, Preset] = {
         small_configs=(
             {"d_model": 12, "num_heads": 4, "num_kv_heads": 2, "head_dim": 5, "chunk_size": 5},
             {"d_model": 10, "num_heads": 2, "feature_map": "hedgehog_lolcats", "chunk_size": 7},
+        ),
+    ),
+    "kda": Preset(
+        base="gated_linear_attention",
+        source="2510.26692",
+        defaults={
+            "rule": "delta",
+            "decay": "softplus_channel",
+            "feature_map": "l2_norm",
+            "conv_size": 4,
+            "activation": "silu",
+            "gate": "sigmoid",
+            "gate_low_rank": True,
+        },
+        small_configs=(
+            {"d_model": 12, "num_heads": 3, "chunk_size": 5},
+            {
+                "d_model": 10,
+                "num_heads": 2,
+                "num_value_heads": 4,
+                "head_dim": 3,
+                "value_dim": 5,
+                "decay_bound": -5.0,
+                "chunk_size": 7,
+            },
         ),
     ),
     "rebased": Preset(

@@ -11,6 +11,7 @@ from .base_conv import BaseConv, BaseConvConfig
 from .based import BasedAttention, BasedConfig
 from .contract import MixerConfig, TokenMixer, suggest
 from .gated_linear_attention import GatedLinearAttention, GatedLinearAttentionConfig
+from .gated_slot_attention import GatedSlotAttention, GatedSlotConfig
 from .linear_attention import LinearAttention, LinearAttentionConfig
 from .lolcats import Lolcats, LolcatsConfig
 from .mamba1 import Mamba1, Mamba1Config
@@ -158,6 +159,7 @@ register_mixer("attention", Attention, AttentionConfig)
 register_mixer("base_conv", BaseConv, BaseConvConfig)
 register_mixer("based", BasedAttention, BasedConfig)
 register_mixer("gated_linear_attention", GatedLinearAttention, GatedLinearAttentionConfig)
+register_mixer("gsa", GatedSlotAttention, GatedSlotConfig)
 register_mixer("linear_attention", LinearAttention, LinearAttentionConfig)
 register_mixer("lolcats", Lolcats, LolcatsConfig)
 register_mixer("mamba1", Mamba1, Mamba1Config)

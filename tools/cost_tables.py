@@ -61,6 +61,11 @@ SUBJECTS: dict[str, list[tuple[str, dict[str, Any]]]] = {
         FULL,
         ("`retnet`", {"type": "retnet", **HEADS}),
         ("`simple_gla`", {"type": "simple_gla", **HEADS}),
+        ("`gla`", {"type": "gla", **HEADS}),
+        ("`delta_net`", {"type": "delta_net", **HEADS}),
+        ("`gated_delta_net`", {"type": "gated_delta_net", **HEADS}),
+        ("`kda`", {"type": "kda", **HEADS}),
+        ("`gsa`", {"type": "gsa", **HEADS}),
         ("`mlstm`", {"type": "mlstm", **HEADS}),
     ],
     "lolcats": [

@@ -33,7 +33,22 @@ def convolved(x: Tensor, taps: Tensor) -> Tensor:
 
 
 def log_decay(mixer: TokenMixer, x: Tensor) -> Tensor:
-    """(B, T, HV) by the formulas of parts/decay.py."""
+    """(B, T, HV, 1 or K) by the formulas of parts/decay.py."""
+    c, part = mixer.config, mixer.decay
+    if c.decay.endswith("channel"):
+        logits = x @ part.proj.down.weight.T @ part.proj.up.weight.T
+        heads = (c.value_heads, c.key_width)
+        if c.decay == "sigmoid_channel":
+            return torch.log(torch.sigmoid(logits + part.proj.up.bias)).unflatten(-1, heads) / 16
+        logits, rate = (logits + part.dt_bias).unflatten(-1, heads), part.A_log.exp()[:, None]
+        if c.decay_bound is not None:
+            return c.decay_bound / (1 + torch.exp(-rate * logits))
+        return -rate * torch.log1p(torch.exp(logits))
+    return per_head(mixer, x)[..., None]
+
+
+def per_head(mixer: TokenMixer, x: Tensor) -> Tensor:
+    """(B, T, HV)."""
     c, part = mixer.config, mixer.decay
     if c.decay == "none":
         return x.new_zeros(*x.shape[:2], c.value_heads)
@@ -65,14 +80,21 @@ def written_out(mixer: TokenMixer, x: Tensor) -> tuple[Tensor, Tensor]:
     memory = x.new_zeros(2, c.value_heads, c.key_width, c.value_width)
     outputs = []
     for t in range(x.shape[1]):
-        memory = decay[:, t, :, None, None] * memory
-        memory = memory + k[:, t, :, :, None] * v[:, t, :, None]
+        memory = decay[:, t, :, :, None] * memory
+        written = v[:, t]
+        if c.rule == "delta":
+            beta = torch.sigmoid(mixer.beta.proj(x[:, t])) * (2 if c.allow_neg_eigval else 1)
+            written = beta[..., None] * (written - torch.einsum("bhk,bhke->bhe", k[:, t], memory))
+        memory = memory + k[:, t, :, :, None] * written[:, :, None]
         read = memory.repeat_interleave(c.output_heads // c.value_heads, 1)
         outputs.append(torch.einsum("bhk,bhke->bhe", q[:, t], read))
     out = torch.stack(outputs, 1)
     out = out / (out.square().mean(-1, keepdim=True) + c.norm_eps).sqrt() * mixer.o_norm.weight
     if mixer.gate is not None:
-        gate = mixer.gate.proj(x).unflatten(-1, (c.output_heads, -1))
+        gate = mixer.gate.proj(x)
+        if c.gate_low_rank:
+            assert mixer.gate.proj.down.weight.shape[0] == c.value_width
+        gate = gate.unflatten(-1, (c.output_heads, -1))
         out = out * (torch.sigmoid(gate) * (gate if c.gate == "silu" else 1))
     return mixer.o_proj(out.flatten(-2)), memory
 
@@ -84,7 +106,31 @@ def written_out(mixer: TokenMixer, x: Tensor) -> tuple[Tensor, Tensor]:
         {"num_heads": 4, "num_kv_heads": 2, "head_dim": 5, "value_dim": 3, "decay": "fixed"},
         {"num_heads": 2, "num_value_heads": 4, "decay": "sigmoid_head", "gate": "silu", "chunk_size": 4},
         {"num_heads": 2, "expand_k": 0.5, "expand_v": 1.5, "activation": "silu", "feature_map": "l2_norm"},
-        {"num_heads": 2, "conv_size": 3, "decay": "softplus_head", "gate": "sigmoid", "gate_rank": 2},
+        {"num_heads": 2, "conv_size": 3, "decay": "softplus_head", "gate": "sigmoid", "gate_low_rank": True},
+        {"num_heads": 2, "num_value_heads": 4, "decay": "sigmoid_channel", "chunk_size": 4},
+        {
+            "num_heads": 2,
+            "decay": "softplus_channel",
+            "rule": "delta",
+            "feature_map": "l2_norm",
+            "chunk_size": 4,
+        },
+        {
+            "num_heads": 4,
+            "num_kv_heads": 2,
+            "decay": "softplus_head",
+            "rule": "delta",
+            "feature_map": "l2_norm",
+        },
+        {
+            "num_heads": 2,
+            "num_value_heads": 4,
+            "decay": "softplus_channel",
+            "decay_bound": -5.0,
+            "rule": "delta",
+            "feature_map": "l2_norm",
+            "allow_neg_eigval": True,
+        },
         {"num_heads": 4, "num_kv_heads": 2, "conv_size": 4, "activation": "silu", "feature_map": "l2_norm"},
     ],
 )
@@ -122,17 +168,34 @@ def test_first_decays_lie_in_their_ranges_and_survive_zeroed_biases() -> None:
 def test_weight_decay_spares_decays_biases_convolutions_and_norms() -> None:
     spared = set()
     for config in (
-        {"decay": "softplus_head", "conv_size": 2, "gate": "silu", "gate_rank": 2},
+        {"decay": "softplus_head", "conv_size": 2, "gate": "silu", "gate_low_rank": True, "rule": "delta"},
+        {"decay": "softplus_channel"},
+        {"decay": "sigmoid_channel"},
         {"decay": "sigmoid_head", "gate": "silu"},
     ):
         parameters = build(num_heads=2, **config).named_parameters()
         spared |= {name for name, p in parameters if getattr(p, "_no_weight_decay", False)}
-    assert spared == {"decay.A_log", "decay.dt_bias", "decay.proj.bias", "conv.weight", "o_norm.weight"}
+    assert spared == {
+        "decay.A_log",
+        "decay.dt_bias",
+        "decay.proj.bias",
+        "decay.proj.up.bias",
+        "conv.weight",
+        "o_norm.weight",
+    }
 
 
 @pytest.mark.parametrize(
     ("preset", "d_model", "num_heads", "widths"),
-    [("retnet", 2048, 8, (256, 512)), ("simple_gla", 1024, 4, (256, 256)), ("rebased", 1024, 16, (16, 64))],
+    [
+        ("retnet", 2048, 8, (256, 512)),
+        ("simple_gla", 1024, 4, (256, 256)),
+        ("rebased", 1024, 16, (16, 64)),
+        ("gla", 1024, 4, (128, 256)),
+        ("delta_net", 1024, 4, (256, 256)),
+        ("gated_delta_net", 2048, 6, (256, 512)),
+        ("kda", 2048, 16, (128, 128)),
+    ],
 )
 def test_presets_have_the_published_widths(preset: str, d_model: int, num_heads: int, widths: tuple) -> None:
     with torch.device("meta"):
@@ -142,7 +205,7 @@ def test_presets_have_the_published_widths(preset: str, d_model: int, num_heads:
 
 
 def test_a_preset_is_its_base_with_other_defaults() -> None:
-    values = {"d_model": 12, "num_heads": 2}
+    values = {"d_model": 16, "num_heads": 2}
     for name, preset in PRESETS.items():
         made = mixer_config({"type": name, **values}).to_dict()
         assert made == {
@@ -173,7 +236,12 @@ def test_presets_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"num_heads": 4, "num_kv_heads": 2, "num_value_heads": 8}, "4 query and 2 key heads"),
         ({"num_heads": 2, "decay": "softplus"}, "Did you mean 'softplus_head'"),
         ({"num_heads": 2, "gate": "swish"}, "gate 'swish' is unknown"),
-        ({"num_heads": 2, "gate_rank": 4}, 'gate_rank=4 has no effect with gate="none"'),
+        ({"num_heads": 2, "gate_low_rank": True}, 'gate_low_rank has no effect with gate="none"'),
+        ({"num_heads": 2, "decay_bound": -5.0}, 'needs decay="softplus_channel", got -5.0'),
+        ({"num_heads": 2, "decay": "softplus_channel", "decay_bound": 5.0}, "decay_bound must be below 0"),
+        ({"num_heads": 2, "allow_neg_eigval": True}, "got 'additive' and 'identity'"),
+        ({"num_heads": 2, "allow_neg_eigval": True, "rule": "delta"}, "a step above 1 diverges"),
+        ({"num_heads": 2, "rule": "deltas"}, "Did you mean 'delta'"),
         ({"num_heads": 2, "conv_size": -1}, "conv_size must be an integer of at least 1"),
         ({"num_heads": 2, "norm_eps": 0.0}, "norm_eps must be above 0"),
         ({"num_heads": 4, "use_rope": True}, "even"),

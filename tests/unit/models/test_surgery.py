@@ -216,6 +216,23 @@ def test_rows_of_a_fused_projection_come_from_several_sources(monkeypatch: pytes
         convert(source, {"type": "base_conv"}, layers=[1])
 
 
+@pytest.mark.parametrize("kind", ["delta_net", "gated_delta_net", "gla", "gsa", "kda", "mlstm", "retnet"])
+@pytest.mark.parametrize("gqa", ["keep", "expand"])
+def test_attention_becomes_a_recurrence_with_its_projections(kind: str, gqa: str) -> None:
+    source = teacher()
+    student, report = convert(source, {"type": kind, "chunk_size": 4}, layers=[1], gqa=gqa)
+    mixer, old = student.blocks[1].mixer, source.blocks[1].mixer
+    groups = 1 if gqa == "keep" and kind != "mlstm" else 2  # mlstm has no grouped heads
+    assert torch.equal(mixer.q_proj.weight, old.q_proj.weight)
+    assert torch.equal(mixer.k_proj.weight, expand_gqa(old.k_proj.weight, 2, groups))
+    assert torch.equal(mixer.v_proj.weight, expand_gqa(old.v_proj.weight, 2, groups))
+    assert torch.equal(mixer.o_proj.weight, old.o_proj.weight)
+    assert "layers.1.mixer.o_norm.weight" in report.new_parameters
+    assert not [name for name in report.dropped if name.endswith("proj.weight")]
+    tokens = torch.randint(0, source.config.vocab_size, (1, 11), generator=torch.Generator().manual_seed(0))
+    assert torch.isfinite(student(tokens).logits).all()
+
+
 def test_attention_becomes_mamba2_with_its_projections() -> None:
     source = teacher()
     target = {"type": "mamba2", "conv_size": 2}  # groups and widths follow from the attention
