@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..autograd import backward_without_autocast
+from .shared_keys import linear_attention_shared_keys
 from .types import LinearState
 
 # Dimensions: B batch, T tokens, N sequences, H query heads, Hk key heads, HV value heads, R query heads per
@@ -59,9 +60,19 @@ def linear_attention_torch(
     """Chunked form of `memzoo.kernels.linear_attention`; arguments are already checked."""
     batch_size, num_tokens = q.shape[:2]
     out_shape = (batch_size, num_tokens, max(q.shape[2], v.shape[2]), v.shape[3])
-    if g is not None and g.shape[2] != k.shape[2]:
-        repeats = v.shape[2] // k.shape[2]
-        q, k = q.repeat_interleave(repeats, 2), k.repeat_interleave(repeats, 2)
+    if g is not None and g.shape[2] != k.shape[2]:  # never normalised
+        return linear_attention_shared_keys(
+            q,
+            k,
+            v,
+            g,
+            lengths,
+            is_packed=is_packed,
+            scale=scale,
+            initial_state=initial_state,
+            return_state=return_state,
+            chunk_size=chunk_size,
+        )
     num_key_heads = k.shape[2]
     num_groups = v.shape[2] // num_key_heads
 
