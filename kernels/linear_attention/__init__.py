@@ -92,8 +92,7 @@ def linear_attention(
     if initial_state is not None:
         check_state(initial_state, k, v, len(lengths), acc, normalize)
     scale = q.shape[3] ** -0.5 if scale is None else scale
-    is_plain = rule == "additive" and (g is None or g.dim() == 3)
-    eligible = ("fla", "torch") if is_plain and can_run_fla(q, k, v, normalize) else ("torch",)
+    eligible = ("fla", "torch") if can_run_fla(q, k, v, normalize) else ("torch",)
     chosen = choose_backend("linear_attention", backend, eligible)
     # sums stay in the accumulation dtype: autocast must not round the matmuls that make them
     with without_autocast(q.device):
@@ -106,7 +105,20 @@ def linear_attention(
         if chosen == "reference":
             output, state = linear_attention_reference(q, k, v, g, beta, lengths, rule=rule, **options)
             return output, state if return_state else None
-        if chosen == "torch" and cu_seqlens is None and q.shape[1] == 1:
+        if chosen == "fla":
+            return linear_attention_fla(
+                q,
+                k,
+                v,
+                g,
+                beta,
+                rule=rule,
+                scale=scale,
+                initial_state=initial_state,
+                return_state=return_state,
+                cu_seqlens=cu_seqlens,
+            )
+        if cu_seqlens is None and q.shape[1] == 1:
             output, state = linear_attention_single(q, k, v, g, beta, rule=rule, **options)
             return output, state if return_state else None
         chunks: dict[str, Any] = {
@@ -114,7 +126,7 @@ def linear_attention(
             "return_state": return_state,
             "chunk_size": chunk_size,
         }
-        if not is_plain:
+        if rule == "delta" or (g is not None and g.dim() == 4):
             return linear_attention_general(q, k, v, g, beta, lengths, rule=rule, **chunks, **options)
         if beta is not None:
             # the normaliser sums what is written, so it has to be the keys that carry the factor
@@ -122,15 +134,4 @@ def linear_attention(
                 k = k.to(acc) * beta[..., None]
             else:
                 v = v.to(acc) * beta[..., None]
-        if chosen == "fla":
-            return linear_attention_fla(
-                q,
-                k,
-                v.to(q.dtype),
-                g,
-                scale=scale,
-                initial_state=initial_state,
-                return_state=return_state,
-                cu_seqlens=cu_seqlens,
-            )
         return linear_attention_torch(q, k, v, g, lengths, **chunks, **options)

@@ -89,10 +89,11 @@ class ChannelDecay:
         size = 1
         while size < g.shape[1]:
             first, second = start.unflatten(1, (-1, 2, size)).unbind(2)  # (Y, M, S, K)
-            end_first, end_second = end.unflatten(1, (-1, 2, size)).unbind(2)
-            self._levels.append((size, second, end_first))
-            start = torch.cat([first, (second * first[:, :, -1:]).clamp_(min=tiny)], 2).flatten(1, 2)
-            end = torch.cat([(end_first * second[:, :, -1:]).clamp_(min=tiny), end_second], 2).flatten(1, 2)
+            end_first = end.unflatten(1, (-1, 2, size))[:, :, 0]
+            to_row, from_column = second.clone(), end_first.clone()
+            self._levels.append((size, to_row, from_column))
+            end_first.mul_(to_row[:, :, -1:]).clamp_(min=tiny)
+            second.mul_(first[:, :, -1:]).clamp_(min=tiny)
             size *= 2
         self._start, self._end = start, end
         self.whole = start[:, -1]  # (Y, K)

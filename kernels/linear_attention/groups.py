@@ -11,7 +11,7 @@ from torch import Tensor
 # heads of a group, J chunks of a sequence in a group, X rows times heads, C chunk length
 
 _MAX_CHUNK = 128
-_GROUP_ELEMENTS = 2**18
+_GROUP_ELEMENTS = 2**17
 
 
 class Plan(NamedTuple):

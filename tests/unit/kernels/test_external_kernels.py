@@ -5,13 +5,23 @@ What a stand-in cannot show, the kernels themselves, is left to the check on a G
 
 import sys
 import types
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
-from memzoo.kernels import KVPrefix, LinearState, attention, linear_attention, selective_scan
+from memzoo.kernels import (
+    KVPrefix,
+    LinearState,
+    SlotState,
+    attention,
+    gated_slot_attention,
+    linear_attention,
+    selective_scan,
+)
 from memzoo.kernels.attention.external import attention_flash_attn, can_run_flash_attn
+from memzoo.kernels.gated_slot_attention.external import gated_slot_attention_fla
 from memzoo.kernels.linear_attention.external import can_run_fla, linear_attention_fla
 from memzoo.kernels.selective_scan.external import can_run_mamba_ssm, selective_scan_mamba_ssm
 from memzoo.testing import assert_close
@@ -93,59 +103,136 @@ def test_flash_attn_gets_the_right_keys(
     assert_close("output", output, expected, 1e-12)
 
 
-def chunk_simple_gla(
-    *,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor | None,
-    scale: float,
-    initial_state: Tensor | None,
-    output_final_state: bool,
-    cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor | None]:
-    output, state = linear_attention(
-        q,
-        k,
-        v,
-        g=None if g is None else g.to(q.dtype),
-        scale=scale,
-        initial_state=None if initial_state is None else LinearState(initial_state),
-        return_state=output_final_state,
-        cu_seqlens=cu_seqlens,
-        backend="reference",
-    )
-    return output, None if state is None else state.memory
+def stand_in(rule: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """One of flash-linear-attention's chunked functions, by its documented arguments."""
+
+    def kernel(
+        *,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float,
+        initial_state: Tensor | None,
+        output_final_state: bool,
+        cu_seqlens: Tensor | None,
+        **given: Tensor,
+    ) -> tuple[Tensor, Tensor | None]:
+        assert q.shape[2] == k.shape[2] == v.shape[2]
+        assert q.dtype == k.dtype == v.dtype
+        output, state = linear_attention(
+            q,
+            k,
+            v,
+            **given,
+            rule=rule,
+            scale=scale,
+            initial_state=None if initial_state is None else LinearState(initial_state),
+            return_state=output_final_state,
+            cu_seqlens=cu_seqlens,
+            backend="reference",
+        )
+        return output, None if state is None else state.memory
+
+    return kernel
+
+
+# Each: module, function, rule, rank of the log-decay (0 for none).
+FLA = [
+    ("simple_gla", "chunk_simple_gla", "additive", 0),
+    ("simple_gla", "chunk_simple_gla", "additive", 3),
+    ("gla", "chunk_gla", "additive", 4),
+    ("delta_rule", "chunk_delta_rule", "delta", 0),
+    ("gated_delta_rule", "chunk_gated_delta_rule", "delta", 3),
+    ("kda", "chunk_kda", "delta", 4),
+]
 
 
 @pytest.mark.parametrize("with_state", [False, True])
 @pytest.mark.parametrize("packed", [False, True])
-def test_fla_gets_the_whole_call(monkeypatch: pytest.MonkeyPatch, with_state: bool, packed: bool) -> None:
-    module = types.ModuleType("fla.ops.simple_gla")
-    module.chunk_simple_gla = chunk_simple_gla
-    for name in ("fla", "fla.ops"):
-        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
-    monkeypatch.setitem(sys.modules, "fla.ops.simple_gla", module)
+@pytest.mark.parametrize("with_beta", [False, True])
+@pytest.mark.parametrize(("module_name", "name", "rule", "rank"), FLA)
+def test_fla_gets_the_whole_call(
+    monkeypatch: pytest.MonkeyPatch,
+    module_name: str,
+    name: str,
+    rule: str,
+    rank: int,
+    with_beta: bool,
+    packed: bool,
+    with_state: bool,
+) -> None:
+    module = types.ModuleType(f"fla.ops.{module_name}")
+    setattr(module, name, stand_in(rule))
+    for parent in ("fla", "fla.ops"):
+        monkeypatch.setitem(sys.modules, parent, types.ModuleType(parent))
+    monkeypatch.setitem(sys.modules, f"fla.ops.{module_name}", module)
     generator = torch.Generator().manual_seed(2)
-    q, k, v = (torch.randn(1 if packed else 2, 9, 2, n, generator=generator) for n in (4, 4, 3))
-    g = -torch.rand(*q.shape[:3], generator=generator)
-    memory = torch.randn(2, 2, 4, 3, generator=generator)
-    state = LinearState(memory) if with_state else None
+    q, k = (torch.randn(1 if packed else 2, 9, 2, 4, generator=generator) for _ in range(2))
+    v = torch.randn(*q.shape[:2], 4, 3, generator=generator)
+    g = {3: -torch.rand(*q.shape[:3], generator=generator), 4: -torch.rand(q.shape, generator=generator)}
+    beta = torch.rand(v.shape[:3], generator=generator) if with_beta else None
+    state = LinearState(torch.randn(2, 4, 4, 3, generator=generator)) if with_state else None
     cu_seqlens = torch.tensor([0, 5, 9]) if packed else None
-    for decay in (g, None):
-        output, final = linear_attention_fla(
-            q, k, v, decay, scale=0.3, initial_state=state, return_state=True, cu_seqlens=cu_seqlens
-        )
-        expected, expected_final = linear_attention(
-            q, k, v, g=decay, scale=0.3, initial_state=state, return_state=True, cu_seqlens=cu_seqlens
-        )
-        assert_close("output", output, expected, 1e-5)
-        assert_close("memory", final.memory, expected_final.memory, 1e-5)
-        without, nothing = linear_attention_fla(
-            q, k, v, decay, scale=0.3, initial_state=state, return_state=False, cu_seqlens=cu_seqlens
-        )
-        assert torch.equal(without, output)
-        assert nothing is None
+    options = {"rule": rule, "scale": 0.3, "initial_state": state, "cu_seqlens": cu_seqlens}
+    output, final = linear_attention_fla(q, k, v, g.get(rank), beta, return_state=True, **options)
+    expected, expected_final = linear_attention(
+        q, k, v, g=g.get(rank), beta=beta, return_state=True, backend="torch", **options
+    )
+    assert_close("output", output, expected, 1e-5)
+    assert_close("memory", final.memory, expected_final.memory, 1e-5)
+    without, nothing = linear_attention_fla(q, k, v, g.get(rank), beta, return_state=False, **options)
+    assert torch.equal(without, output)
+    assert nothing is None
+
+
+def chunk_gsa(
+    *,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    s: Tensor,
+    g: Tensor,
+    scale: float,
+    initial_state: tuple[Tensor, Tensor] | None,
+    output_final_state: bool,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+    output, state = gated_slot_attention(
+        q,
+        k,
+        v,
+        g,
+        slots=s,
+        scale=scale,
+        initial_state=None if initial_state is None else SlotState(*initial_state),
+        return_state=output_final_state,
+        cu_seqlens=cu_seqlens,
+        backend="reference",
+    )
+    return output, None if state is None else tuple(state)
+
+
+@pytest.mark.parametrize("with_state", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+def test_fla_gets_the_slots(monkeypatch: pytest.MonkeyPatch, packed: bool, with_state: bool) -> None:
+    module = types.ModuleType("fla.ops.gsa")
+    module.chunk_gsa = chunk_gsa
+    for parent in ("fla", "fla.ops"):
+        monkeypatch.setitem(sys.modules, parent, types.ModuleType(parent))
+    monkeypatch.setitem(sys.modules, "fla.ops.gsa", module)
+    generator = torch.Generator().manual_seed(3)
+    q, k, v = (torch.randn(1 if packed else 2, 9, 2, n, generator=generator) for n in (4, 4, 3))
+    g = -torch.rand(*q.shape[:3], 5, generator=generator)
+    slots = torch.rand(g.shape, generator=generator)
+    shapes = ((2, 2, 4, 5), (2, 2, 5, 3))
+    state = SlotState(*(torch.randn(s, generator=generator) for s in shapes)) if with_state else None
+    cu_seqlens = torch.tensor([0, 5, 9]) if packed else None
+    options = {"scale": 0.3, "initial_state": state, "cu_seqlens": cu_seqlens, "return_state": True}
+    output, final = gated_slot_attention_fla(q, k, v, slots, g, **options)
+    expected, expected_final = gated_slot_attention(q, k, v, g, slots=slots, backend="torch", **options)
+    assert_close("output", output, expected, 1e-5)
+    for name in ("keys", "values"):
+        assert_close(name, getattr(final, name), getattr(expected_final, name), 1e-5)
 
 
 def selective_scan_fn(
