@@ -36,6 +36,8 @@ _EXTERNAL_MODULES = {
     "mamba_ssm": "mamba_ssm.ops.selective_scan_interface",
     "triton": "triton",
 }
+# Whether Triton's kernels run on the CPU, in its interpreter; has to be set before Triton is imported.
+TRITON_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _forced: list[str] = []
 _logged: set[tuple[str, str]] = set()
 
@@ -50,16 +52,11 @@ def _imports(module: str) -> bool:
     return True
 
 
-def is_triton_interpreted() -> bool:
-    """Whether Triton kernels run on the CPU, in its interpreter: TRITON_INTERPRET=1 before its import."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
-
-
 def _usable(backend: str) -> bool:
     module = _EXTERNAL_MODULES.get(backend)
     if module is None:
         return True
-    has_device = torch.cuda.is_available() or (backend == "triton" and is_triton_interpreted())
+    has_device = torch.cuda.is_available() or (backend == "triton" and TRITON_INTERPRETED)
     return has_device and _imports(module)
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..kernels import LinearState, linear_attention
+from ..kernels import LinearState, linear_attention, taylor_attention
 from .contract import (
     LayerOutput,
     MixerConfig,
@@ -36,6 +36,9 @@ from .parts.rotary import Rotary
 
 # Dimensions: B batch, T tokens, N sequences, H query heads, G key/value heads, F raw query/key width,
 # K features, E value width, M model width
+
+# feature maps whose operation needs no features in memory -> the layout of its state
+TAYLOR_LAYOUTS = {"taylor": "expanded", "taylor_compact": "compact"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,19 +190,21 @@ class LinearAttention(TokenMixer):
         v = self.v_proj(x).unflatten(-1, (self.num_kv_heads, self.head_dim))  # (B, T, G, E)
         if self.rotary is not None:
             q, k = self.rotary.rotate(q, ctx), self.rotary.rotate(k, ctx)
-        out, memory = linear_attention(
-            self.q_map(q),  # (B, T, H, K)
-            self.k_map(k),
-            v,
-            g=None if self.decay is None else self.decay(x),  # (B, T, G)
-            normalize=self.config.normalize,
-            scale=self.q_map.scale,
-            eps=self.config.eps,
-            initial_state=None if state is None else LinearState(state.memory, state.normalizer),
-            return_state=ctx.return_state,
-            cu_seqlens=ctx.cu_seqlens,
-            chunk_size=ctx.overrides.get("chunk_size", self.config.chunk_size),
-        )  # (B, T, H, E)
+        options: dict[str, Any] = {
+            "normalize": self.config.normalize,
+            "eps": self.config.eps,
+            "initial_state": None if state is None else LinearState(state.memory, state.normalizer),
+            "return_state": ctx.return_state,
+            "cu_seqlens": ctx.cu_seqlens,
+            "chunk_size": ctx.overrides.get("chunk_size", self.config.chunk_size),
+        }
+        layout = TAYLOR_LAYOUTS.get(self.config.feature_map) if self.decay is None else None
+        if layout is not None:
+            out, memory = taylor_attention(q, k, v, layout=layout, **options)  # (B, T, H, E)
+        else:
+            g = None if self.decay is None else self.decay(x)  # (B, T, G)
+            q, k = self.q_map(q), self.k_map(k)  # (B, T, H, K), (B, T, G, K)
+            out, memory = linear_attention(q, k, v, g=g, scale=self.q_map.scale, **options)  # (B, T, H, E)
         if self.o_norm is not None:
             out = self.o_norm(out)
         new_state = None

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..autograd import without_autocast
-from ..backend import choose_backend, is_triton_interpreted
+from ..backend import TRITON_INTERPRETED, choose_backend
 from ..checks import check_rank
 from ..linear_attention import LinearState, linear_attention
 from .features import LAYOUTS, from_powers, num_features, taylor_features, to_powers
@@ -68,7 +68,7 @@ def taylor_attention(
     if q.shape[3] != k.shape[3]:
         raise ValueError(f"q and k must have one width per head, got {q.shape[3]} and {k.shape[3]}.")
     can_run_triton = (
-        (q.is_cuda or is_triton_interpreted())
+        (q.is_cuda or TRITON_INTERPRETED)
         and q.dtype in (torch.float32, torch.bfloat16, torch.float16)
         and q.shape[3] <= _TRITON_WIDTH
         and q.shape[1] > 1
