@@ -19,9 +19,11 @@ from memzoo.kernels import (
     KVPrefix,
     LinearState,
     MLSTMState,
+    SlotState,
     attention,
     causal_conv,
     decode_attention,
+    gated_slot_attention,
     linear_attention,
     linear_cross_entropy,
     linear_divergence,
@@ -322,6 +324,47 @@ def _mlstm(
     return Case("mlstm", name, make, call, ("i", "f", *_MLSTM_STATE))
 
 
+def _slots(
+    name: str,
+    *,
+    tokens: int = 0,
+    lengths: Sequence[int] | None = None,
+    heads: tuple[int, int] = (2, 2),
+    widths: tuple[int, int, int] = (16, 24, 32),
+    with_state: bool = False,
+    **options: Any,
+) -> Case:
+    """A case of `gated_slot_attention`; heads of queries and of keys, widths of keys, slots and values."""
+    num_rows, num_tokens, num_sequences = _rows(lengths, 2, tokens)
+
+    def make(generator: torch.Generator) -> Tensors:
+        key, slots, value = widths
+        made = {
+            "q": _randn(generator, num_rows, num_tokens, heads[0], key),
+            "k": _randn(generator, num_rows, num_tokens, heads[1], key),
+            "v": _randn(generator, num_rows, num_tokens, heads[1], value),
+            "g": -0.25 * _randn(generator, num_rows, num_tokens, heads[1], slots).abs(),
+        }
+        if with_state:
+            made["keys"] = _randn(generator, num_sequences, heads[1], key, slots)
+            made["values"] = _randn(generator, num_sequences, heads[1], slots, value)
+        return made
+
+    def call(tensors: Tensors, backend: str) -> Tensors:
+        out, state = gated_slot_attention(
+            *(tensors[key] for key in ("q", "k", "v", "g")),
+            initial_state=SlotState(tensors["keys"], tensors["values"]) if with_state else None,
+            return_state=True,
+            cu_seqlens=_bounds(lengths),
+            backend=backend,
+            **options,
+        )
+        assert state is not None
+        return {"output": out, **state._asdict()}
+
+    return Case("gated_slot_attention", name, make, call, ("g", "keys", "values"))
+
+
 # ------------------------------------------------------------------ Taylor attention
 
 
@@ -588,6 +631,10 @@ CASES: tuple[Case, ...] = (
     _mlstm("one token", tokens=1, with_state=True),
     _mlstm("odd widths, small chunks, state", tokens=70, widths=(24, 40), with_state=True, chunk_size=16),
     _mlstm("packed, state", lengths=(37, 0, 1, 64, 20), with_state=True),
+    _slots("no state", tokens=70),
+    _slots("grouped heads, state", tokens=45, heads=(4, 2), with_state=True),
+    _slots("packed, small chunks, state", lengths=(33, 0, 1, 20), with_state=True, chunk_size=16),
+    _slots("one token, state", tokens=1, with_state=True),
     _taylor("plain", tokens=70),
     _taylor("grouped heads, state", tokens=45, heads=(4, 2), with_state=True),
     _taylor("expanded, narrow heads, state", tokens=40, widths=(5, 19), layout="expanded", with_state=True),
