@@ -68,8 +68,56 @@ def test_models_build_on_the_meta_device(name: str) -> None:
     assert rows[-1].flops_per_token == model.flops_per_token(1000)
 
 
+REDUCED = {
+    "vocab_size": 97,
+    "d_model": 64,
+    "num_layers": 2,
+    "repeat": 1,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "num_value_heads": 8,
+    "head_dim": 16,
+    "feature_dim": 4,
+    "window_size": 8,
+    "d_ff": 96,
+}
+
+
+def reduced(content: object) -> object:
+    """A model config with the same layers, but narrow and short."""
+    if isinstance(content, dict):
+        return {key: REDUCED.get(key, reduced(value)) for key, value in content.items()}
+    return [reduced(item) for item in content] if isinstance(content, list) else content
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_models_train_three_steps_at_reduced_size(name: str) -> None:
+    torch.manual_seed(0)
+    config = ModelConfig.from_dict(reduced(yaml.safe_load(configs.find(name).read_text())))
+    model = MemoryLM(config)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
+    tokens = torch.randint(0, 97, (2, 25), generator=torch.Generator().manual_seed(0))
+    losses = []
+    for _ in range(4):
+        logits = model(tokens[:, :-1]).logits
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+        losses.append(float(loss.detach()))
+        optimizer.zero_grad()
+        loss.backward()
+        assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+        optimizer.step()
+    assert losses[3] < 0.95 * losses[0], losses
+
+
 @pytest.mark.parametrize(
-    "name, millions", [("models/based_360m", 363), ("models/based_1b", 1349), ("models/attention_360m", 360)]
+    "name, millions",
+    [
+        ("models/based_360m", 363),
+        ("models/based_1b", 1349),
+        ("models/attention_360m", 360),
+        ("models/retnet_1b", 1324),
+        ("models/gated_delta_net_1b", 1322),
+    ],
 )
 def test_models_have_the_size_of_their_name(name: str, millions: int) -> None:
     config = ModelConfig.from_dict(yaml.safe_load(configs.find(name).read_text()))
