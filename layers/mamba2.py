@@ -238,7 +238,7 @@ class Mamba2(Float32Parameters, TokenMixer):
                 "head_dim": 3,
                 "conv_size": 2,
                 "expand": 1,
-                "dt_limit": (0.01, 1.5),
+                "dt_limit": [0.01, 1.5],
                 "use_bias": True,
                 "use_conv_bias": False,
                 "norm_before_gate": True,

@@ -232,9 +232,10 @@ def _single_file(path: Path) -> dict[str, Any]:
     except OSError:
         raise
     except Exception as error:  # unpickling what is no pickle may raise anything
+        # torch puts advice in front that would let the file run code
+        reason = " ".join(str(error).split()).rpartition("WeightsUnpickler error: ")[2]
         raise CheckpointError(
-            f"{str(path)!r} is no checkpoint, or a damaged one ({' '.join(str(error).split()):.120}). "
-            f"{_hint(path)}"
+            f"{str(path)!r} is no checkpoint, or a damaged one ({reason:.120}). {_hint(path)}"
         ) from error
     if not isinstance(loaded, dict):
         raise CheckpointError(f"{str(path)!r} holds a {type(loaded).__name__}, no checkpoint. {_hint(path)}")

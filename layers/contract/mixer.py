@@ -273,13 +273,20 @@ class TokenMixer(nn.Module):
                 f"{type(self).__name__} expects {shape} with d_model={self.d_model}, got {tuple(x.shape)}. "
                 "Reshape the input or build the mixer with its width."
             )
-        weight = next(self.parameters(), None)
+        fixed = getattr(self, "float32_parameters", ())  # whatever the dtype of the others
+        weight = next((p for name, p in self.named_parameters() if name not in fixed), None)
         if weight is not None and weight.dtype != x.dtype and not torch.compiler.is_compiling():
             self._check_dtype(x)
 
     def _check_dtype(self, x: Tensor) -> None:
         """Names both dtypes where torch would stop at the first product."""
-        dtypes = {parameter.dtype for parameter in self.parameters()}
+        # parameters that stay in float32 whatever the others are say nothing
+        fixed = {
+            id(module.get_parameter(name))
+            for module in self.modules()
+            for name in getattr(module, "float32_parameters", ())
+        }
+        dtypes = {parameter.dtype for parameter in self.parameters() if id(parameter) not in fixed}
         # wrapped projections have several dtypes; quantised ones know themselves what they take
         if x.dtype in dtypes or not all(dtype.is_floating_point for dtype in dtypes):
             return

@@ -132,7 +132,9 @@ class Hedgehog(FeatureMap):
 
     def init_weights(self) -> None:
         """Identity projection, no bias."""
-        nn.init.eye_(self.proj.weight)
+        nn.init.zeros_(self.proj.weight)  # not eye_, which brings the compiler along on the meta device
+        with torch.no_grad():
+            self.proj.weight.diagonal().fill_(1)
         nn.init.zeros_(self.proj.bias)
 
     def _features(self, x: Tensor) -> Tensor:

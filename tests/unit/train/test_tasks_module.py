@@ -111,7 +111,8 @@ def test_batches_carry_the_labels_of_the_task() -> None:
         ({"train_lengths": [True]}, "seq_len must be an integer"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"num_batches": 0}, "num_batches and num_eval_examples must be at least 1"),
-        ({"seed": -1}, "seed must lie in"),
+        ({"seed": -1}, "seed must be at least 0"),
+        ({"seed": 2**32}, "seed must lie in"),
         ({"num_workers": -1}, "num_workers must be at least 0"),
     ],
 )
