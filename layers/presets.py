@@ -136,7 +136,7 @@ PRESETS: dict[str, Preset] = {
         source="2402.10644",
         defaults={"feature_map": "rebased", "feature_dim": 16, "eps": 1e-5},
         # A squared weight is the small difference of large features for a query that is across to its few
-        # keys; divided by it, float32 keeps some three digits. These two have an eps far above the rounding.
+        # keys; divided by it, float32 loses digits. These two have an eps far above that rounding.
         small_configs=(
             {
                 "d_model": 12,
