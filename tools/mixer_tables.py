@@ -103,7 +103,7 @@ def _points(points: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str, int], l
     found: dict[tuple[str, str, int], list[float]] = {}
     for point in points:
         setting = ", ".join(
-            f"{key} {value}" for key, value in point["settings"].items() if key != "num_heads"
+            f"{key} {value}" for key, value in point["settings"].items() if key not in ("num_heads", "type")
         )
         found.setdefault((point["mixer"], setting, point["state_bytes"]), []).append(point["accuracy"])
     return found
