@@ -40,6 +40,13 @@ class ShortConv(nn.Module):
         if self.bias is not None:
             nn.init.uniform_(self.bias, -bound, bound)
 
+    def init_identity(self) -> None:
+        """Every token passes through as it is (up to the activation)."""
+        nn.init.zeros_(self.weight)
+        nn.init.ones_(self.weight[:, -1])
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
     def empty_tail(self, batch_size: int, device: torch.device | str, dtype: torch.dtype) -> Tensor:
         """(N, K - 1, D) zeros, which is what stands before the first token."""
         channels, conv_size = self.weight.shape

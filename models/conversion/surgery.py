@@ -10,13 +10,14 @@ import copy
 import dataclasses
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ...layers.parts.short_conv import ShortConv
 from ..decoder import MemoryLM
 from .finite import find_not_finite
 from .plan import ConversionPlan, converted_config, exact_reach, softmax_reach
@@ -49,6 +50,8 @@ class ParityReport:
             over in part, the rows that are not.
         dropped: names of source parameters that the new mixers do not have.
         expanded: names of parameters whose key/value heads were repeated (grouped queries).
+        output_scales: block -> factor on the output projection of its new mixer, where that began louder than
+            the old one.
         layer_errors: relative squared error of each replaced mixer's output, teacher-forced, before any
             training.
         checks: parity checks with their bounds.
@@ -59,6 +62,7 @@ class ParityReport:
     new_parameters: dict[str, tuple[int, ...]]
     dropped: list[str]
     expanded: list[str] = field(default_factory=list)
+    output_scales: dict[int, float] = field(default_factory=dict)
     layer_errors: dict[int, float] = field(default_factory=dict)
     checks: list[Check] = field(default_factory=list)
 
@@ -78,12 +82,14 @@ class ParityReport:
     def summary(self) -> str:
         """The report as a few lines of text."""
         errors = ", ".join(f"{index}: {error:.3g}" for index, error in self.layer_errors.items())
+        scales = ", ".join(f"{index}: {scale:.3g}" for index, scale in self.output_scales.items())
         lines = [
             f"converted blocks: {', '.join(map(str, self.layers)) or 'none'}",
             f"numbers taken over: {self.num_copied:,}",
             f"new numbers: {self.num_new:,}{_kinds(list(self.new_parameters))}",
             f"heads repeated: {len(self.expanded)} parameters{_kinds(self.expanded)}",
             f"without a place any more: {len(self.dropped)} parameters{_kinds(self.dropped)}",
+            f"outputs made quieter, by block: {scales or 'none'}",
             f"relative squared error of each new mixer on the source's states: {errors or 'not measured'}",
         ]
         for check in self.checks:
@@ -105,12 +111,17 @@ def _kinds(names: Sequence[str]) -> str:
     return f" ({', '.join(kinds)})" if kinds else ""
 
 
-def convert_mixers(source: MemoryLM, plan: ConversionPlan) -> tuple[MemoryLM, ParityReport]:
+def convert_mixers(
+    source: MemoryLM, plan: ConversionPlan, tokens: Tensor | None = None
+) -> tuple[MemoryLM, ParityReport]:
     """Replaces the mixers of some blocks and copies every weight that both models have.
 
     Args:
         source: the pretrained model; it is not changed.
         plan: what to convert to. With no blocks to convert the new model equals the source.
+        tokens: (B, T) ids. Given these, a new mixer that promises no equality with the old one and is louder
+            on the source's hidden states than that is scaled down to it, by its output projection: mixers
+            that normalise their output would drown the residual stream until training has made them quiet.
 
     Returns:
         the new model, same dtype and device as the source, and the report (without behavioural checks, see
@@ -122,7 +133,16 @@ def convert_mixers(source: MemoryLM, plan: ConversionPlan) -> tuple[MemoryLM, Pa
     config = converted_config(source.config, plan)
     device, dtype = source.embed_tokens.weight.device, source.embed_tokens.weight.dtype
     student = MemoryLM(config).to(device=device, dtype=dtype)
-    report = _copy_weights(source, student, plan.converted_layers(config.depth))
+    layers = plan.converted_layers(config.depth)
+    for index in layers:
+        for module in student.blocks[index].mixer.modules():
+            if isinstance(
+                module, ShortConv
+            ):  # a random one would scramble the projections that are taken over
+                module.init_identity()
+    report = _copy_weights(source, student, layers)
+    if tokens is not None:
+        report.output_scales = _scale_down(source, student, report.layers, tokens)
     return student.train(source.training), report
 
 
@@ -192,30 +212,58 @@ def layer_errors(
     source: MemoryLM, student: MemoryLM, layers: Sequence[int], tokens: Tensor
 ) -> dict[int, float]:
     """Relative squared error of each replaced mixer's output when it is given the source's hidden states."""
-    errors = {}
+    return {
+        index: relative_error(student.blocks[index].mixer(normed).hidden, target).item()
+        for index, normed, target in _teacher_forced(source, layers, tokens)
+    }
+
+
+def _teacher_forced(
+    source: MemoryLM, layers: Sequence[int], tokens: Tensor
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Block, input and output of its mixer, for each of these blocks of the source."""
     hidden = source.embed(tokens)
-    for index, (old, new) in enumerate(zip(source.blocks, student.blocks, strict=True)):
-        normed = old.mixer_input(hidden)
-        target = old.mixer(normed).hidden
+    for index, block in enumerate(source.blocks):
+        normed = block.mixer_input(hidden)
+        target = block.mixer(normed).hidden
         if index in layers:
-            errors[index] = relative_error(new.mixer(normed).hidden, target).item()
-        hidden = old.after_mixer(hidden, target)
-    return errors
+            yield index, normed, target
+        hidden = block.after_mixer(hidden, target)
 
 
 def _mixer_difference(source: MemoryLM, student: MemoryLM, layers: Sequence[int], tokens: Tensor) -> float:
     """Largest difference between old and new mixers over the largest output of the old one, in float32."""
     largest = 0.0
-    hidden = source.embed(tokens)
-    for index, (old, new) in enumerate(zip(source.blocks, student.blocks, strict=True)):
-        normed = old.mixer_input(hidden)
-        if index in layers:
-            expected, got = (
-                copy.deepcopy(mixer).float()(normed.float()).hidden for mixer in (old.mixer, new.mixer)
-            )
-            largest = max(largest, float((got - expected).abs().max() / expected.abs().max()))
-        hidden = old.after_mixer(hidden, old.mixer(normed).hidden)
+    for index, normed, _ in _teacher_forced(source, layers, tokens):
+        expected, got = (
+            copy.deepcopy(model.blocks[index].mixer).float()(normed.float()).hidden
+            for model in (source, student)
+        )
+        largest = max(largest, float((got - expected).abs().max() / expected.abs().max()))
     return largest
+
+
+@torch.no_grad()
+def _scale_down(
+    source: MemoryLM, student: MemoryLM, layers: Sequence[int], tokens: Tensor
+) -> dict[int, float]:
+    """Block -> factor on the output projection of each new mixer that was louder than the old one."""
+    free = [index for index in layers if exact_reach(student.config.mixers[index]) == 0]
+    scales: dict[int, float] = {}
+    if not free:
+        return scales
+    for index, normed, target in _teacher_forced(source, free, tokens):
+        mixer = student.blocks[index].mixer
+        projection = getattr(mixer, "o_proj", getattr(mixer, "out_proj", None))
+        if not isinstance(projection, nn.Linear):
+            continue
+        loudness = mixer(normed).hidden.float().square().mean().sqrt()
+        scale = float(target.float().square().mean().sqrt() / loudness)
+        if scale < 1:  # false for nan as well, which a check of the report names
+            scales[index] = scale
+            for parameter in projection.parameters():
+                parameter.mul_(scale)
+    return scales
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> Tensor:

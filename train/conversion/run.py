@@ -184,8 +184,9 @@ def surgery_report(teacher: MemoryLM, tokenizer: str, recipe: ConversionRecipe) 
         recipe.data, tokenizer=tokenizer, seq_len=stage.seq_len, batch_size=1, seed=recipe.seed
     )
     seed_everything(recipe.seed, verbose=False)
-    student, report = convert_mixers(teacher, recipe.plan)
-    check_parity(teacher, student, report, batches.batch(0, 0).input_ids[:1])
+    tokens = batches.batch(0, 0).input_ids[:1]
+    student, report = convert_mixers(teacher, recipe.plan, tokens)
+    check_parity(teacher, student, report, tokens)
     report.raise_on_failure()
     return report.summary()
 

@@ -183,7 +183,7 @@ class Workshop:
     def untrained(self, plan: ConversionPlan) -> MemoryLM:
         """The model right after the surgery, the same at every call."""
         seed_everything(self.recipe.seed, verbose=False)
-        return convert_mixers(self.teacher, plan)[0]
+        return convert_mixers(self.teacher, plan, self.first_window())[0]
 
     def train(
         self, run: Run, on_stage: Callable[[str, MemoryLM, list[StageFacts]], None] = lambda *_: None
@@ -197,7 +197,7 @@ class Workshop:
             ValueError: a plan or text that does not fit, or a failed parity check.
         """
         seed_everything(self.recipe.seed, verbose=False)
-        student, report = convert_mixers(self.teacher, run.plan)
+        student, report = convert_mixers(self.teacher, run.plan, self.first_window())
         check_parity(self.teacher, student, report, self.first_window())
         report.raise_on_failure()
         student = student.to(torch.bfloat16)

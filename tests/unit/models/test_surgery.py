@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from memzoo.kernels import causal_conv
 from memzoo.models.config import ModelConfig
 from memzoo.models.conversion import (
     ConversionPlan,
@@ -317,3 +318,42 @@ def test_windows_of_targets() -> None:
     assert window_of({"type": "lolcats"}) == {"window_size": 64, "num_sinks": 0}
     assert window_of(BESIDE) == {"window_size": 8, "num_sinks": 2}
     assert window_of({"type": "linear_attention"}) is None
+
+
+def test_a_mixer_that_begins_louder_than_the_attention_is_scaled_down_to_it() -> None:
+    source = teacher()
+
+    @torch.no_grad()
+    def loudness(model: MemoryLM, index: int) -> float:
+        block, hidden = source.blocks[index], source.embed(tokens())
+        for before in source.blocks[:index]:
+            hidden = before.after_mixer(hidden, before.mixer(before.mixer_input(hidden)).hidden)
+        mixed = model.blocks[index].mixer(block.mixer_input(hidden)).hidden
+        return float(mixed.square().mean().sqrt())
+
+    loud = {"type": "mamba2", "head_dim": 6}
+    torch.manual_seed(3)
+    raw, _ = convert(source, loud)
+    torch.manual_seed(3)
+    student, report = convert_mixers(source, ConversionPlan(target=loud), tokens())
+    assert set(report.output_scales) == {i for i in range(3) if loudness(raw, i) > loudness(source, i)}
+    assert report.output_scales
+    for index, scale in report.output_scales.items():
+        assert scale == pytest.approx(loudness(source, index) / loudness(raw, index))
+        assert loudness(student, index) == pytest.approx(loudness(source, index), rel=1e-4)
+    assert str(next(iter(report.output_scales))) in report.summary()
+
+
+def test_a_mixer_that_begins_equal_to_the_attention_is_never_scaled() -> None:
+    source = teacher()
+    student, report = convert_mixers(source, ConversionPlan(target=HYBRID), tokens())
+    assert report.output_scales == {}
+    assert torch.equal(student.layers[0].mixer.o_proj.weight, source.layers[0].mixer.o_proj.weight)
+
+
+def test_convolutions_of_new_mixers_begin_as_the_identity() -> None:
+    student, _ = convert(teacher(), {"type": "gated_delta_net"})
+    conv = student.layers[0].mixer.conv
+    x = torch.randn(2, 7, conv.weight.shape[0])
+    y, _ = causal_conv(x, conv.weight, conv.bias, activation="silu")
+    assert torch.equal(y, torch.nn.functional.silu(x))
