@@ -7,6 +7,7 @@ JSON record with `save`, which says how to repeat it.
 from __future__ import annotations
 
 import argparse
+import random
 import shlex
 import statistics
 import sys
@@ -103,6 +104,9 @@ def time_interleaved(
 ) -> dict[str, dict[str, float]]:
     """Time several functions in turns, so that drift of the machine meets all of them alike.
 
+    Every round has its own order (seeded): a function that always followed the same one would always find the
+    processor's caches in the state which that leaves.
+
     Args:
         functions: what to time, by name.
         device: on CUDA the time between two events around a run is taken, with the L2 cache emptied before;
@@ -145,8 +149,10 @@ def time_interleaved(
             break
     begin = time.perf_counter()
     taken: dict[str, list[Callable[[], float]]] = {name: [] for name in functions}
+    order, shuffle = list(functions), random.Random(0).shuffle
     for count in range(1, max_repeats + 1):
-        for name in functions:
+        shuffle(order)
+        for name in order:
             taken[name].append(run(name))
         synchronize(device)
         if count >= min_repeats and time.perf_counter() - begin > budget_s * len(functions):

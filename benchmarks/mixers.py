@@ -1,4 +1,4 @@
-"""Time and memory of whole layers beside full attention and the layers of transformers.
+"""Time and memory of whole layers beside full attention and what is public for a CPU.
 
     python benchmarks/mixers.py                                          everything, up to 32k tokens
     python benchmarks/mixers.py --only mamba2 --only gated_delta_net     some mixers (and full attention)
@@ -6,14 +6,17 @@
     python benchmarks/mixers.py --quick                                  to try the script
 
 One layer of width 512 with heads of 64 reads one sequence: forward, forward with the backward pass to input
-and weights, and one decoded token after short and long contexts, all in turns. The layers of transformers
-have their usual sizes for that width (`PEERS`). What a layer cannot do within the limits of time and memory
-is named in the record with its reason. At the end the figures are held against what the project wants.
+and weights, and one decoded token after short and long contexts, all in turns. Beside them (`PEERS`): the
+layers of transformers, with as many parameters as ours of the same name, and, between projections, the plain
+functions of flash-linear-attention where it can be imported (its layers need a GPU). What a layer cannot do
+within the limits of time and memory is named in the record with its reason. At the end the figures are held
+against what the project wants.
 """
 
 from __future__ import annotations
 
 import importlib
+import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -21,6 +24,7 @@ from typing import Any
 
 import common
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from memzoo.layers import TokenMixer, build_mixer, list_mixers
@@ -84,7 +88,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows: list[Row] = []
     skipped: list[Row] = []
     for dtype in options.dtype or DTYPES:
-        layers = {name: make().to(device, getattr(torch, dtype)) for name, make in chosen.items()}
+        layers = {}
+        for name, make in chosen.items():
+            try:
+                layers[name] = make().to(device, getattr(torch, dtype))
+            except ImportError as error:
+                skipped.append({"mixer": name, "dtype": dtype, "skipped": f"cannot be imported: {error}"})
+                print(f"{name}: skipped, {skipped[-1]['skipped']}", flush=True)
         found = _parallel(layers, dtype, [n for n in lengths if n <= options.max_length], device, options)
         for row in (*found, *_decode(layers, dtype, contexts, device, options)):
             (skipped if "skipped" in row else rows).append(row)
@@ -175,13 +185,15 @@ def _mamba2(width: int, head_dim: int) -> nn.Module:
 
 def _gated_delta_net(width: int, head_dim: int) -> nn.Module:
     module = importlib.import_module("transformers.models.qwen3_next.modeling_qwen3_next")
+    # its own function, also where flash-linear-attention is installed, which needs a GPU
+    vars(module)["torch_chunk_gated_delta_rule"] = inspect.unwrap(module.torch_chunk_gated_delta_rule)
     heads = width // head_dim
     config = module.Qwen3NextConfig(
         hidden_size=width,
         linear_num_key_heads=heads,
         linear_num_value_heads=heads,
-        linear_key_head_dim=head_dim,
-        linear_value_head_dim=head_dim,
+        linear_key_head_dim=head_dim * 3 // 4,  # the paper's sizes, which are those of `gated_delta_net`
+        linear_value_head_dim=head_dim * 3 // 2,
         num_hidden_layers=1,
         num_attention_heads=heads,
         num_key_value_heads=heads,
@@ -190,10 +202,44 @@ def _gated_delta_net(width: int, head_dim: int) -> nn.Module:
     return _Peer(module.Qwen3NextGatedDeltaNet(config, layer_idx=0))
 
 
+class _PlainFunction(nn.Module):
+    """Projections around a plain function of flash-linear-attention."""
+
+    def __init__(self, width: int, head_dim: int, key_dim: int, value_dim: int, *, is_delta: bool) -> None:
+        super().__init__()
+        self.num_heads, self.is_delta = width // head_dim, is_delta
+        self.widths = [self.num_heads * size for size in (key_dim, key_dim, value_dim)]
+        self.in_proj = nn.Linear(width, sum(self.widths) + 2 * self.num_heads * is_delta, bias=False)
+        self.o_proj = nn.Linear(self.widths[2], width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v, *gates = self.in_proj(x).split(self.widths + [self.num_heads] * (2 * self.is_delta), dim=-1)
+        q, k, v = (part.unflatten(-1, (self.num_heads, -1)) for part in (q, k, v))
+        if self.is_delta:
+            function = importlib.import_module("fla.ops.gated_delta_rule.naive").naive_chunk_gated_delta_rule
+            g, beta = -F.softplus(gates[0].float()), gates[1].sigmoid()
+            out, _ = function(F.normalize(q, dim=-1), F.normalize(k, dim=-1), v, g, beta)
+        else:
+            out = importlib.import_module("fla.ops.linear_attn.naive").naive_chunk_linear_attn(q, k, v)
+        return self.o_proj(out.to(x.dtype).flatten(-2))
+
+
+def _plain_linear(width: int, head_dim: int) -> nn.Module:
+    importlib.import_module("fla.ops.linear_attn.naive")
+    return _PlainFunction(width, head_dim, head_dim, head_dim, is_delta=False)
+
+
+def _plain_delta(width: int, head_dim: int) -> nn.Module:
+    importlib.import_module("fla.ops.gated_delta_rule.naive")
+    return _PlainFunction(width, head_dim, head_dim * 3 // 4, head_dim * 3 // 2, is_delta=True)
+
+
 PEERS: dict[str, Callable[[int, int], nn.Module]] = {
     "transformers Mamba": _mamba,
     "transformers Mamba-2": _mamba2,
     "transformers Gated DeltaNet": _gated_delta_net,
+    "fla plain linear attention": _plain_linear,
+    "fla plain gated delta rule": _plain_delta,
 }
 # Its backward pass takes time quadratic in T: 14 s for 512 tokens.
 LONGEST = {("transformers Mamba", "forward+backward"): 256}
