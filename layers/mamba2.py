@@ -197,23 +197,23 @@ class Mamba2(Float32Parameters, TokenMixer):
         delta = F.softplus(steps.to(rates.dtype) + self.dt_bias.to(rates.dtype))  # (B, T, H)
         if c.dt_limit is not None:
             delta = delta.clamp(*c.dt_limit)
-        wide = u.to(rates.dtype)
         y, memory = linear_attention(
             read.unflatten(-1, (c.num_groups, c.d_state)),  # (B, T, G, N)
             write.unflatten(-1, (c.num_groups, c.d_state)),
-            (wide * delta[..., None]).to(u.dtype),
+            u,
             g=delta * rates,
+            beta=delta,
             scale=1.0,
             initial_state=None if state is None else LinearState(state.memory),
             return_state=ctx.return_state,
             cu_seqlens=ctx.cu_seqlens,
             chunk_size=ctx.overrides.get("chunk_size", c.chunk_size),
         )  # (B, T, H, P)
-        y = y + wide * self.D.to(wide.dtype)[:, None]
+        skip = (u.flatten(-2), self.D.repeat_interleave(c.head_dim))
         new_state = None
         if memory is not None:
             new_state = Mamba2State(num_tokens=ctx.num_tokens_after, tail=tail, memory=memory.memory)
-        return LayerOutput(self.out_proj(self.norm(y.flatten(-2), z)), new_state)
+        return LayerOutput(self.out_proj(self.norm(y.flatten(-2), z, skip)), new_state)
 
     def flops_per_token(self, num_tokens: int) -> int:
         """The projections, one write and one read of the memory."""

@@ -12,13 +12,10 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from ..autograd import backward_without_autocast
+from ..pieces import piece_size
 
 # Dimensions: B batch, T tokens, N sequences, D channels, K kernel size, L tokens of all sequences, C tokens
 # worked on at once
-
-# Numbers of one piece of a row (256 KiB of float32), and the fewest tokens of it.
-PIECE_NUMBERS = 2**16
-PIECE_TOKENS = 16
 
 
 def causal_conv_torch(
@@ -74,7 +71,7 @@ def _sums(padded: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def _pieces(padded: Tensor, kernel_size: int) -> list[tuple[int, int]]:
     """First token and end of each piece of the output."""
     length = max(0, padded.shape[1] - kernel_size + 1)
-    size = max(PIECE_TOKENS, PIECE_NUMBERS // max(1, padded.shape[0] * padded.shape[2]))
+    size = piece_size(padded)
     return [(t, min(t + size, length)) for t in range(0, length, size)]
 
 

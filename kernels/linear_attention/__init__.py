@@ -8,6 +8,7 @@ from torch import Tensor
 from ..autograd import without_autocast
 from ..backend import choose_backend
 from ..layout import sequence_lengths
+from ..pieces import in_pieces
 from .arguments import check_arguments, check_state
 from .chunked import linear_attention_torch
 from .external import can_run_fla, linear_attention_fla
@@ -131,7 +132,12 @@ def linear_attention(
         if beta is not None:
             # the normaliser sums what is written, so it has to be the keys that carry the factor
             if normalize:
-                k = k.to(acc) * beta[..., None]
+                k = in_pieces(_scaled, (k, beta))
             else:
-                v = v.to(acc) * beta[..., None]
+                v = in_pieces(_scaled, (v, beta))
         return linear_attention_torch(q, k, v, g, lengths, **chunks, **options)
+
+
+def _scaled(x: Tensor, factor: Tensor) -> Tensor:
+    """x (B, T, H, D) times factor (B, T, H), in the accumulation dtype."""
+    return x.to(torch.promote_types(x.dtype, torch.float32)) * factor[..., None]

@@ -7,7 +7,9 @@ G_i the sum of log-decays of a value head in a chunk up to and including token i
     P_ij = scale q_i . k_j   (j <= i)           o_i = exp(G_i) (scale q_i) S + sum_j P_ij exp(G_i - G_j) v_j
     S'   = exp(G_end) S + sum_j k_j (exp(G_end - G_j) v_j)^T
 
-States, floors and the backward pass are those of `chunked`: no state is kept, memory is O(T (K + V)).
+States and floors are those of `chunked`: no state is kept, memory is O(T (K + V)). Log-decays get their
+gradient without another product: that of their running sum up to token t is o_t . do_t - v_t . dv_t, because
+exp(G_t) is a factor of all that token t reads, and exp(-G_t) of all that becomes of its value.
 """
 
 from collections.abc import Iterator
@@ -83,11 +85,14 @@ class _Chunk:
         self.scale = scale
         floor = -700.0 if acc == torch.float64 else -60.0
         total = g[:, :, t0:t1].to(acc).clamp(min=floor).cumsum(-1)  # (X, J, C)
-        # from token j to token i >= j; what lies above the diagonal is meaningless
-        self.inside = (total[..., None] - total[..., None, :]).clamp_(floor, 0).exp_()  # (X, J, C, C)
+        self._total, self._floor = total, floor
         self.read = total.clamp(floor, 0).exp_().transpose(1, 2)[..., None]  # (X, C, J, 1)
         self.write = (total[..., -1:] - total).clamp_(floor, 0).exp_().transpose(1, 2)[..., None]
         self.whole = total[..., -1].clamp(floor, 0).exp_()[:, None, :, None]  # (X, 1, J, 1)
+
+    def inside(self) -> Tensor:
+        """Decay from token j to token i >= j, (X, J, C, C); what lies above the diagonal is meaningless."""
+        return (self._total[..., None] - self._total[..., None, :]).clamp_(self._floor, 0).exp_()
 
     def scores(self) -> Tensor:
         """P of the module docstring, (X, C, C)."""
@@ -118,7 +123,7 @@ def _attend(
         state = states[m]
         for i, (t0, t1) in enumerate(chunks):
             chunk = _Chunk(q, k, v, g, t0, t1, plan.scale)
-            weights = chunk.scores()[:, None] * chunk.inside  # (X, J, C, C)
+            weights = chunk.scores()[:, None] * chunk.inside()  # (X, J, C, C)
             out = (weights @ chunk.v.transpose(1, 2)).transpose(1, 2)  # (X, C, J, V)
             if i or memory is not None:
                 out = torch.addcmul(
@@ -136,6 +141,7 @@ def _attend_backward(
     v: Tensor,
     g: Tensor,
     memory: Tensor | None,
+    output: Tensor,
     final: Tensor,
     d_output: Tensor | None,
     d_final: Tensor | None,
@@ -144,61 +150,48 @@ def _attend_backward(
 ) -> tuple[Tensor | None, ...]:
     """Gradients of q, k, v, g and memory."""
     acc = final.dtype
-    d_output = torch.zeros_like(v, dtype=acc) if d_output is None else d_output
+    d_output = torch.zeros_like(output) if d_output is None else d_output
     dq, dk, dv = (torch.zeros_like(x, dtype=acc) for x in (q, k, v))
-    d_total = torch.zeros_like(g, dtype=acc)  # of the running log-decays
+    dg = torch.zeros_like(g, dtype=acc)
     d_memory = torch.zeros_like(final) if d_final is None else d_final.clone()
+    # of the running sum up to the last token: all of the final state has its factor
+    d_whole = (d_memory * final).unflatten(3, v.shape[2:]).sum((2, 4))  # (M, X, J)
     states = _start(k, v, memory, plan)
     for m, chunks in enumerate(plan.segments()):
         state, d_state = states[m], d_memory[m]
         # Forward over the states: gradients of the queries that read them.
-        reads: list[Tensor | None] = []
         for i, (t0, t1) in enumerate(chunks):
             chunk = _Chunk(q, k, v, g, t0, t1, plan.scale)
             if i or memory is not None:
-                d_read = d_output[:, t0:t1] * chunk.read  # (X, C, J, V)
-                dq[:, t0:t1] = torch.bmm(d_read.flatten(2), state.transpose(1, 2)).mul_(plan.scale)
-                read = torch.bmm(chunk.q, state).view_as(d_read)
-                per_token = (read * d_read).sum(3).mul_(plan.scale)  # (X, C, J)
-                d_total[:, :, t0:t1] += per_token.transpose(1, 2)
-                reads.append(per_token.sum(1))
-            else:
-                reads.append(None)
+                d_read = (d_output[:, t0:t1] * chunk.read).flatten(2)  # (X, C, J V)
+                dq[:, t0:t1] = torch.bmm(d_read, state.transpose(1, 2)).mul_(plan.scale)
             if i < len(chunks) - 1:
                 chunk.advance(state)
-        # Backward over their gradients: everything else. `overlap` is <dS, S> after the chunk.
-        overlap = (d_state * final[m]).unflatten(2, v.shape[2:]).sum((1, 3))  # (X, J)
+        # Backward over their gradients: everything else.
+        later = d_whole[m][..., None]  # (X, J, 1), gradient of the log-decays behind the chunk
         for i, (t0, t1) in reversed(list(enumerate(chunks))):
             chunk = _Chunk(q, k, v, g, t0, t1, plan.scale)
-            weights = chunk.scores()[:, None] * chunk.inside  # (X, J, C, C)
-            d_out = d_output[:, t0:t1].transpose(1, 2)  # (X, J, C, V)
-            d_weights = d_out @ chunk.v.permute(0, 2, 3, 1)
-            pairs = d_weights * weights
-            d_total[:, :, t0:t1] += pairs.sum(3) - pairs.sum(2)
-            d_scores = d_weights.mul_(chunk.inside).sum(1).tril_().mul_(plan.scale)  # (X, C, C)
+            inside = chunk.inside()
+            weights = chunk.scores()[:, None] * inside  # (X, J, C, C)
+            d_out = d_output[:, t0:t1]  # (X, C, J, V)
+            d_heads = d_out.transpose(1, 2)
+            d_weights = d_heads @ chunk.v.permute(0, 2, 3, 1)
+            d_scores = d_weights.mul_(inside).sum(1).tril_().mul_(plan.scale)  # (X, C, C)
             dq[:, t0:t1] += torch.bmm(d_scores, chunk.k)
             grad_k = torch.bmm(d_scores.transpose(1, 2), chunk.q)
-            grad_v = (weights.transpose(2, 3) @ d_out).transpose(1, 2)  # (X, C, J, V)
-            written = None
+            grad_v = (weights.transpose(2, 3) @ d_heads).transpose(1, 2)  # (X, C, J, V)
             if d_final is not None or i < len(chunks) - 1:
-                arrived = torch.bmm(chunk.k, d_state).view_as(chunk.v) * chunk.write
-                grad_v = grad_v + arrived
+                grad_v = torch.addcmul(grad_v, torch.bmm(chunk.k, d_state).view_as(chunk.v), chunk.write)
                 grad_k.baddbmm_(chunk.written(), d_state.transpose(1, 2))
-                written = (arrived * chunk.v).sum(3)  # (X, C, J)
-                d_total[:, :, t0:t1] -= written.transpose(1, 2)
             dk[:, t0:t1], dv[:, t0:t1] = grad_k, grad_v
-            d_total[:, :, t1 - 1] += overlap
-            if written is not None:
-                overlap = overlap - written.sum(1)
-            read_by = reads[i]
-            if read_by is not None:
-                overlap = overlap + read_by
+            d_total = (output[:, t0:t1] * d_out).sum(3) - (chunk.v * grad_v).sum(3)  # (X, C, J)
+            dg[:, :, t0:t1] = d_total.transpose(1, 2).flip(2).cumsum(2).flip(2).add_(later)
+            later = dg[:, :, t0 : t0 + 1]
             if i or memory is not None:
                 chunk.decay_state(d_state)
-                d_read = (d_output[:, t0:t1] * chunk.read).flatten(2)
+                d_read = (d_out * chunk.read).flatten(2)
                 d_state.baddbmm_(chunk.q.transpose(1, 2), d_read, alpha=plan.scale)
-            d_total[:, :, t0:t1] = d_total[:, :, t0:t1].flip(2).cumsum(2).flip(2)
-    grads = (x.to(like.dtype) for x, like in ((dq, q), (dk, k), (dv, v), (d_total, g)))
+    grads = (x.to(like.dtype) for x, like in ((dq, q), (dk, k), (dv, v), (dg, g)))
     return *grads, None if memory is None else d_memory
 
 
@@ -209,7 +202,7 @@ class _SharedKeys(torch.autograd.Function):
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
         *tensors, plan = arguments
         results = _attend(*tensors, plan=plan)
-        ctx.save_for_backward(*tensors, results[1])
+        ctx.save_for_backward(*tensors, *results)
         ctx.set_materialize_grads(False)
         ctx.plan = plan
         return results
