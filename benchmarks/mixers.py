@@ -9,8 +9,9 @@ One layer of width 512 with heads of 64 reads one sequence: forward, forward wit
 and weights, and one decoded token after short and long contexts, all in turns. Beside them (`PEERS`): the
 layers of transformers, with as many parameters as ours of the same name, and, between projections, the plain
 functions of flash-linear-attention where it can be imported (its layers need a GPU). What a layer cannot do
-within the limits of time and memory is named in the record with its reason. At the end the figures are held
-against what the project wants.
+within the limits of time and memory is named in the record with its reason. The recurrences of Mamba-2 and
+Gated DeltaNet are timed alone as well (`mixer_operations.py`). At the end the figures are held against what
+the project wants.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from functools import partial
 from typing import Any
 
 import common
+import mixer_operations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -49,6 +51,7 @@ WANTED_AT_2K: dict[str, tuple[str, str, float]] = {
     "delta_net": (BASELINE, "bfloat16", 0.5),
     "mamba1": (BASELINE, "bfloat16", 0.2),
 }
+WANTED_OF_OPERATIONS = 3.0  # speed over the functions of transformers, 2,048 tokens
 WANTED_TOKENS_PER_SECOND = {"mamba1": 4000.0}  # float32, forward+backward, 2,048 tokens
 MOST_GROWTH = 4.4  # from 8k to 32k tokens
 MOST_DECODE_GROWTH = 1.1  # of a token after 65,536 tokens against one after 1,024
@@ -87,6 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = subjects(width, head_dim, options.only)
     rows: list[Row] = []
     skipped: list[Row] = []
+    operations: list[Row] = []
     for dtype in options.dtype or DTYPES:
         layers = {}
         for name, make in chosen.items():
@@ -99,7 +103,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for row in (*found, *_decode(layers, dtype, contexts, device, options)):
             (skipped if "skipped" in row else rows).append(row)
             print(_sentence(row), flush=True)
-    checks = [] if options.quick else list(checked(rows))
+        if not options.only:
+            operations += _operations(dtype, lengths, device, options)
+    checks = [] if options.quick else [*checked(rows), *_checked_operations(operations)]
     for check in checks:
         print(
             f"{'reached' if check['reached'] else 'MISSED'}: {check['what']}: {check['value']:.3g} "
@@ -118,7 +124,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             name: layer.config.to_dict() for name, layer in layers.items() if isinstance(layer, TokenMixer)
         },
     }
-    path = common.save(options, "mixers", config, {"rows": rows, "skipped": skipped, "wanted": checks})
+    results = {"rows": rows, "operations": operations, "skipped": skipped, "wanted": checks}
+    path = common.save(options, "mixers", config, results)
     if path is not None:
         print(f"wrote {path}")
     return 0
@@ -374,6 +381,19 @@ def _decode(
         yield {**described[key], **taken}
 
 
+def _operations(
+    dtype: str, lengths: Sequence[int], device: torch.device, options: Any
+) -> Iterator[dict[str, Any]]:
+    """Recurrences alone, at the lengths up to 8,192 tokens."""
+    for tokens in lengths:
+        if tokens > min(options.max_length, 8192):
+            continue
+        for row in mixer_operations.timed(dtype, tokens, device, options, scale=8 if options.quick else 1):
+            taken = row.get("skipped") or f"{row['median_ms']:.4g} ms, ours x {row['speed_of_ours']:.3g}"
+            print(f"{row['recurrence']} by {row['by']}, {tokens} tokens, {dtype}: {taken}", flush=True)
+            yield row
+
+
 # ------------------------------------------------------------------------------------------------ wanted
 
 
@@ -419,6 +439,20 @@ def checked(rows: Sequence[Row]) -> Iterator[dict[str, Any]]:
                     "at most",
                     MOST_DECODE_GROWTH,
                 )
+
+
+def _checked_operations(rows: Sequence[Row]) -> Iterator[dict[str, Any]]:
+    for row in rows:
+        if row["tokens"] == 2048 and row["by"] == "transformers" and "skipped" not in row:
+            value = row["speed_of_ours"]
+            yield {
+                "what": f"speed of the recurrence of {row['recurrence']} over that of transformers, "
+                f"{row['dtype']}, 2,048 tokens",
+                "value": value,
+                "bound": "at least",
+                "wanted": WANTED_OF_OPERATIONS,
+                "reached": value >= WANTED_OF_OPERATIONS,
+            }
 
 
 def _sentence(row: Row) -> str:

@@ -25,6 +25,7 @@ def speed_table(argument: str, page: Path) -> str:
             for dtype in dict.fromkeys(row["dtype"] for row in rows):
                 parts.append(_speed_part(rows, record["results"]["skipped"], mode, dtype))
         parts.append(_decode_part(rows))
+        parts.append(_operations_part(record["results"].get("operations", [])))
         parts.append(_wanted_part(record["results"]["wanted"]))
         parts.append(f"\n![Speed over full attention]({_up(page)}figures/{SPEED_FIGURE.name})\n\n")
         parts.append(provenance(path, record, page))
@@ -70,6 +71,27 @@ def _decode_part(rows: Sequence[Mapping[str, Any]]) -> str:
         f"state at {contexts[0]:,}, {dtypes[0]}" if contexts else "",
     ]
     return "One decoded token:\n\n" + markdown(header, table) + "\n"
+
+
+def _operations_part(rows: Sequence[Mapping[str, Any]]) -> str:
+    timed = [row for row in rows if "skipped" not in row]
+    if not timed:
+        return ""
+    lengths = sorted({row["tokens"] for row in timed})
+    table = []
+    for key in dict.fromkeys((row["recurrence"], row["by"], row["dtype"]) for row in timed):
+        found = {r["tokens"]: r for r in timed if (r["recurrence"], r["by"], r["dtype"]) == key}
+        cells = [
+            f"{found[n]['median_ms']:.4g} ({found[n]['speed_of_ours']:.2g}x)" if n in found else ""
+            for n in lengths
+        ]
+        table.append([*key, *cells])
+    header = ["recurrence", "by", "dtype", *(f"{n:,} tokens" for n in lengths)]
+    intro = (
+        "The recurrence alone, forward+backward on the same tensors, ms; in brackets the time over that of"
+        " ours:\n\n"
+    )
+    return intro + markdown(header, table) + "\n"
 
 
 def _wanted_part(checks: Sequence[Mapping[str, Any]]) -> str:

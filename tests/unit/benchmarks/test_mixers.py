@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from memzoo.records import read_record
 
@@ -25,6 +26,35 @@ def test_the_quick_form_times_layers_beside_attention(tmp_path: Path) -> None:
     assert {row[0] for row in timed if row[1] == "decode"} == {"attention", "linear_attention"}
     assert all(row["median_ms"] > 0 for row in results["rows"])
     assert not results["skipped"]
+
+
+def test_recurrences_are_timed_beside_the_functions_of_others() -> None:
+    import argparse
+
+    import mixer_operations
+    import mixers
+
+    options = argparse.Namespace(budget=0.0)
+    rows = list(mixer_operations.timed("float32", 128, torch.device("cpu"), options, scale=8))
+    timed = {(row["recurrence"], row["by"]): row["speed_of_ours"] for row in rows if "skipped" not in row}
+    assert timed["Mamba-2", "memzoo"] == timed["Gated DeltaNet", "memzoo"] == 1.0
+    assert min(timed["Mamba-2", "transformers"], timed["Gated DeltaNet", "transformers"]) > 0
+    rows = [{**row, "tokens": 2048, "speed_of_ours": 2.5} for row in rows]
+    assert [check["reached"] for check in mixers._checked_operations(rows)] == [False, False]
+
+
+@pytest.mark.parametrize("recurrence", ["Mamba-2", "Gated DeltaNet"])
+def test_what_is_timed_in_turns_computes_the_same(recurrence: str) -> None:
+    import mixer_operations
+
+    shapes, functions = mixer_operations.recurrences(scale=8)[recurrence]
+    made = torch.Generator().manual_seed(0)
+    inputs = {name: torch.randn(1, 128, *shape, generator=made) for name, shape in shapes.items()}
+    inputs["k"] = torch.nn.functional.normalize(inputs["k"], dim=-1)
+    expected = functions["memzoo"](**inputs)
+    torch.testing.assert_close(
+        functions["transformers"](**inputs).view_as(expected), expected, rtol=1e-4, atol=1e-4
+    )
 
 
 def test_figures_are_held_against_what_is_wanted() -> None:
