@@ -22,6 +22,7 @@ from typing import Any
 from . import __version__
 
 FORMAT_VERSION = 1
+_NO_RECORDS = ":(top,exclude)benchmarks/records"
 _LIBRARIES = (
     "torch",
     "lightning",
@@ -215,7 +216,10 @@ def hardware() -> dict[str, Any]:
 
 
 def git_commit() -> str | None:
-    """Commit of the source tree in use, with ``-dirty`` when it has changes; None for an installed copy."""
+    """Commit of the source tree in use, with ``-dirty`` when it has changes; None for an installed copy.
+
+    Records do not count: a benchmark that writes its record after every part would call itself changed.
+    """
     file = Path(__file__).resolve()
     folder = file.parent
     try:
@@ -223,7 +227,7 @@ def git_commit() -> str | None:
             folder, "ls-files", "--error-unmatch", file.name
         )  # an installed copy may lie inside another repository
         commit = _git(folder, "rev-parse", "HEAD")
-        changes = _git(folder, "status", "--porcelain", "--untracked-files=no")
+        changes = _git(folder, "status", "--porcelain", "--untracked-files=no", "--", ":/", _NO_RECORDS)
     except (OSError, subprocess.SubprocessError):
         return None
     return f"{commit}-dirty" if changes else commit

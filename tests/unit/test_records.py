@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
 import sys
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from memzoo import records
 from memzoo.records import (
     current_command,
     read_record,
@@ -39,6 +41,30 @@ def test_a_record_says_how_to_repeat_it(tmp_path: Path) -> None:
 def test_a_copy_without_git_can_name_its_commit(tmp_path: Path) -> None:
     path = write_record(tmp_path / "r.json", name="test", config={}, results={}, commit="0123abc")
     assert read_record(path)["commit"] == "0123abc"
+
+
+@pytest.mark.parametrize(
+    "changed, is_dirty", [("package/records.py", True), ("benchmarks/records/r.json", False)]
+)
+def test_sources_make_a_commit_dirty_and_records_do_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: str, is_dirty: bool
+) -> None:
+    def git(*arguments: str) -> str:
+        done = subprocess.run(
+            ["git", "-C", str(tmp_path), *arguments], capture_output=True, text=True, check=True
+        )
+        return done.stdout.strip()
+
+    for name in ("package/records.py", "benchmarks/records/r.json"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text("one")
+    git("init", "--quiet")
+    git("add", ".")
+    git("-c", "user.name=n", "-c", "user.email=e", "commit", "--quiet", "--message", "first")
+    monkeypatch.setattr(records, "__file__", str(tmp_path / "package" / "records.py"))
+    assert records.git_commit() == git("rev-parse", "HEAD")
+    (tmp_path / changed).write_text("two")
+    assert records.git_commit() == git("rev-parse", "HEAD") + "-dirty" * is_dirty
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
