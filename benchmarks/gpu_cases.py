@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from memzoo.kernels import (
+    FastWeightState,
     KVPrefix,
     LinearState,
     MLSTMState,
@@ -23,6 +24,8 @@ from memzoo.kernels import (
     attention,
     causal_conv,
     decode_attention,
+    fast_weight_scan,
+    fast_weight_shapes,
     gated_slot_attention,
     linear_attention,
     linear_cross_entropy,
@@ -365,6 +368,59 @@ def _slots(
     return Case("gated_slot_attention", name, make, call, ("g", "keys", "values"))
 
 
+# ------------------------------------------------------------------ fast weights
+
+
+def _fast_weights(
+    name: str,
+    *,
+    tokens: int = 0,
+    lengths: Sequence[int] | None = None,
+    widths: tuple[int, int] = (16, 24),
+    net: str = "swiglu",
+    seen: Sequence[int] | None = None,
+    **options: Any,
+) -> Case:
+    """A case of `fast_weight_scan`; widths of heads and of the hidden layer, tokens read before."""
+    num_rows, num_tokens, num_sequences = _rows(lengths, 2, tokens)
+    shapes = fast_weight_shapes(net, *widths)
+    num_entries = sum(rows * columns for rows, columns in shapes)
+
+    def make(generator: torch.Generator) -> Tensors:
+        heads = (num_rows, num_tokens, 2)
+        made = {key: _randn(generator, *heads, widths[0]) / 4 for key in ("q", "k", "v")}
+        made["rates"] = _randn(generator, *heads, len(shapes)).abs() / 64
+        made["mu"] = _randn(generator, *heads).abs().clamp(max=2) / 2
+        made |= {f"net{i}": _randn(generator, 2, *shape) / 4 for i, shape in enumerate(shapes)}
+        if seen is not None:
+            made["weights"] = _randn(generator, num_sequences, 2, num_entries) / 4
+            made["pending"] = _randn(generator, num_sequences, 2, num_entries) / 64
+            made["momentum"] = _randn(generator, num_sequences, 2, num_entries) / 64
+            made["momentum_sum"] = _randn(generator, num_sequences, 2).abs()
+        return made
+
+    def call(tensors: Tensors, backend: str) -> Tensors:
+        state = None
+        if seen is not None:
+            held = ("weights", "pending", "momentum", "momentum_sum")
+            state = FastWeightState(num_tokens=torch.tensor(seen), **{key: tensors[key] for key in held})
+        out, after = fast_weight_scan(
+            *(tensors[key] for key in ("q", "k", "v", "rates", "mu")),
+            [tensors[f"net{i}"] for i in range(len(shapes))],
+            net=net,
+            initial_state=state,
+            return_state=True,
+            cu_seqlens=_bounds(lengths),
+            backend=backend,
+            **options,
+        )
+        assert after is not None
+        return {"output": out, "weights": after.weights, "pending": after.pending}
+
+    wide = ("rates", "mu", "weights", "pending", "momentum", "momentum_sum")
+    return Case("fast_weight_scan", name, make, call, (*wide, *(f"net{i}" for i in range(len(shapes)))))
+
+
 # ------------------------------------------------------------------ Taylor attention
 
 
@@ -635,6 +691,10 @@ CASES: tuple[Case, ...] = (
     _slots("grouped heads, state", tokens=45, heads=(4, 2), with_state=True),
     _slots("packed, small chunks, state", lengths=(33, 0, 1, 20), with_state=True, chunk_size=16),
     _slots("one token, state", tokens=1, with_state=True),
+    _fast_weights("internal", tokens=45, chunk_size=16),
+    _fast_weights("l2, odd widths, state", tokens=21, widths=(19, 7), seen=(5, 9), chunk_size=8, loss="l2"),
+    _fast_weights("one token, two end a chunk", tokens=1, seen=(7, 15), chunk_size=8),
+    _fast_weights("packed, pre, mlp", lengths=(17, 0, 1, 20), net="mlp", fast_norm="pre", chunk_size=8),
     _taylor("plain", tokens=70),
     _taylor("grouped heads, state", tokens=45, heads=(4, 2), with_state=True),
     _taylor("expanded, narrow heads, state", tokens=40, widths=(5, 19), layout="expanded", with_state=True),

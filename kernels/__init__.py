@@ -3,6 +3,16 @@
 from .attention import AttentionOutput, KVPrefix, attention, decode_attention
 from .backend import available_backends, use_backend
 from .causal_conv import causal_conv
+from .fast_weights import (
+    FastWeightOptions,
+    FastWeightState,
+    empty_fast_weights,
+    fast_weight_scan,
+    fast_weight_shapes,
+    fast_weight_step,
+    newton_schulz,
+    unpack_fast_weights,
+)
 from .gated_slot_attention import SlotState, gated_slot_attention
 from .layout import ChunkLayout, sequence_lengths
 from .linear_attention import LinearState, linear_attention
@@ -14,6 +24,8 @@ from .taylor_attention import taylor_attention
 __all__ = [
     "AttentionOutput",
     "ChunkLayout",
+    "FastWeightOptions",
+    "FastWeightState",
     "KVPrefix",
     "LinearState",
     "MLSTMState",
@@ -22,13 +34,19 @@ __all__ = [
     "available_backends",
     "causal_conv",
     "decode_attention",
+    "empty_fast_weights",
+    "fast_weight_scan",
+    "fast_weight_shapes",
+    "fast_weight_step",
     "gated_slot_attention",
     "linear_attention",
     "linear_cross_entropy",
     "linear_divergence",
     "mlstm",
+    "newton_schulz",
     "selective_scan",
     "sequence_lengths",
     "taylor_attention",
+    "unpack_fast_weights",
     "use_backend",
 ]

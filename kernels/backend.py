@@ -22,6 +22,7 @@ OPERATIONS: dict[str, tuple[str, ...]] = {
     "attention": ("reference", "torch", "sdpa", "flash_attn"),
     "causal_conv": ("reference", "torch"),
     "decode_attention": ("reference", "torch"),
+    "fast_weight_scan": ("reference", "torch"),
     "gated_slot_attention": ("reference", "torch", "fla"),
     "linear_attention": ("reference", "torch", "fla"),
     "linear_cross_entropy": ("reference", "torch"),
@@ -69,9 +70,9 @@ def available_backends(op: str) -> tuple[str, ...]:
     """Backends of one operation that this machine can run.
 
     Args:
-        op: name of an operation: "attention", "causal_conv", "decode_attention", "gated_slot_attention",
-            "linear_attention", "linear_cross_entropy", "linear_divergence", "mlstm", "selective_scan" or
-            "taylor_attention".
+        op: name of an operation: "attention", "causal_conv", "decode_attention", "fast_weight_scan",
+            "gated_slot_attention", "linear_attention", "linear_cross_entropy", "linear_divergence", "mlstm",
+            "selective_scan" or "taylor_attention".
 
     Returns:
         Names, "reference" first. External kernels are listed only when they import and CUDA is available.
