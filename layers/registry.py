@@ -6,12 +6,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+from .allmem import AllMem, AllMemConfig
 from .attention import Attention, AttentionConfig
 from .base_conv import BaseConv, BaseConvConfig
 from .based import BasedAttention, BasedConfig
 from .contract import MixerConfig, TokenMixer, suggest
+from .fast_weight_memory import FastWeightMemory, FastWeightMemoryConfig
 from .gated_linear_attention import GatedLinearAttention, GatedLinearAttentionConfig
 from .gated_slot_attention import GatedSlotAttention, GatedSlotConfig
+from .lact import LaCT, LaCTConfig
 from .linear_attention import LinearAttention, LinearAttentionConfig
 from .lolcats import Lolcats, LolcatsConfig
 from .mamba1 import Mamba1, Mamba1Config
@@ -155,11 +158,14 @@ def build_mixer(config: Mapping[str, Any] | MixerConfig) -> TokenMixer:
     return cls(config, [build_mixer(item) for item in inner])  # type: ignore[call-arg]  # composite mixers
 
 
+register_mixer("allmem", AllMem, AllMemConfig)
 register_mixer("attention", Attention, AttentionConfig)
 register_mixer("base_conv", BaseConv, BaseConvConfig)
 register_mixer("based", BasedAttention, BasedConfig)
+register_mixer("fast_weight_memory", FastWeightMemory, FastWeightMemoryConfig)
 register_mixer("gated_linear_attention", GatedLinearAttention, GatedLinearAttentionConfig)
 register_mixer("gsa", GatedSlotAttention, GatedSlotConfig)
+register_mixer("lact", LaCT, LaCTConfig)
 register_mixer("linear_attention", LinearAttention, LinearAttentionConfig)
 register_mixer("lolcats", Lolcats, LolcatsConfig)
 register_mixer("mamba1", Mamba1, Mamba1Config)

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels import attention, decode_attention
 from .contract import LayerOutput, SequenceContext
-from .parts.attention_base import AttentionBase, HeadsConfig, check_window, overridden_window
+from .parts.attention_base import HeadsConfig, check_window
 from .parts.kv_cache import WindowCache
+from .parts.window_base import WindowBase
 
 # Dimensions: B batch, T tokens, N sequences, H query heads, G key/value heads, D head width, W window, S
 # sinks
@@ -43,7 +43,7 @@ class SlidingWindowConfig(HeadsConfig):
         check_window(self.window_size, self.num_sinks)
 
 
-class SlidingWindowAttention(AttentionBase):
+class SlidingWindowAttention(WindowBase):
     """Causal attention with a bounded reach; equals full attention while the sequence fits the window.
 
     `overrides` of a call may replace `window_size` and `num_sinks` while no state is given or asked for.
@@ -53,52 +53,25 @@ class SlidingWindowAttention(AttentionBase):
     overridable = frozenset({"window_size", "num_sinks"})
 
     def __init__(self, config: SlidingWindowConfig) -> None:
-        super().__init__(config)
-        self.window_size, self.num_sinks = config.window_size, config.num_sinks
+        super().__init__(config, config.window_size, config.num_sinks)
         self.init_weights()
 
     def init_state(
         self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> WindowCache:
         weight = self.q_proj.weight
-        return WindowCache.empty(
-            batch_size,
-            self.num_sinks + self.window_size,
-            self.num_kv_heads,
-            self.head_dim,
-            self.head_dim,
-            device=device or weight.device,
-            dtype=dtype or weight.dtype,
-        )
+        return self.empty_cache(batch_size, device or weight.device, dtype or weight.dtype)
 
     def mix(self, x: Tensor, ctx: SequenceContext, state: WindowCache | None) -> LayerOutput:
-        window_size, num_sinks = overridden_window(ctx, state, self.window_size, self.num_sinks)
-        q, k, v = self.project(x, ctx)
-        prefix = None if state is None else state.prefix(ctx, num_sinks)
-        out = attention(
-            q, k, v, window_size=window_size, num_sinks=num_sinks, prefix=prefix, cu_seqlens=ctx.cu_seqlens
-        ).output  # (B, T, H, D)
-        new_state = None
-        if ctx.return_state:
-            cache = (
-                state
-                if state is not None
-                else self.init_state(ctx.batch_size, device=x.device, dtype=k.dtype)
-            )
-            new_state = cache.append(k, v, ctx, num_sinks)
-        return self.finish(out, ctx, new_state)
+        heads, cache = self.attend(*self.project(x, ctx), ctx, state)
+        return self.finish(heads, ctx, cache)
 
     def mix_step(self, x: Tensor, ctx: SequenceContext, state: WindowCache) -> LayerOutput:
-        q, k, v = self.project(x, ctx)
-        new_state = state.append(k, v, ctx, self.num_sinks)
-        # the ring holds exactly the tokens that the newest one may see
-        out = decode_attention(q, new_state.key, new_state.value, valid=new_state.valid(x.device)).output
-        return self.finish(out, ctx, new_state)
+        heads, cache = self.attend_step(*self.project(x, ctx), ctx, state)
+        return self.finish(heads, ctx, cache)
 
     def flops_per_token(self, num_tokens: int) -> int:
-        return self.projection_flops() + 4 * self.num_heads * self.head_dim * (
-            self.num_sinks + self.window_size
-        )
+        return self.projection_flops() + self.window_flops()
 
     @classmethod
     def small_configs(cls) -> tuple[Mapping[str, Any], Mapping[str, Any]]:

@@ -39,6 +39,7 @@ LENGTHS = (1024, 32_768, 1_000_000)
 FIGURE_LENGTHS = tuple(2**power for power in range(7, 21))
 HEADS = {"d_model": 1024, "num_heads": 16}
 FULL = ("full attention", {"type": "attention", **HEADS})
+ALLMEM = {"type": "allmem", **HEADS, "num_kv_heads": 8}
 WINDOW = {"type": "sliding_window", "window_size": 256, "num_sinks": 4}
 
 # page -> (label, mixer); the first row is what the figure compares with
@@ -73,6 +74,13 @@ SUBJECTS: dict[str, list[tuple[str, dict[str, Any]]]] = {
         ("sliding, window 64 + 4 sinks", {"type": "lolcats", **HEADS, "num_sinks": 4}),
         ("terrace, window 64", {"type": "lolcats", **HEADS, "window": "terrace"}),
         ("memory off", {"type": "lolcats", **HEADS, "num_sinks": 4, "memory_enabled": False}),
+    ],
+    "fast_weights": [
+        FULL,
+        ("`fast_weight_memory`", {"type": "fast_weight_memory", "d_model": 1024, "num_heads": 8}),
+        ("`allmem`, window 4,096 + 128 sinks", {**ALLMEM, "window_size": 4096, "num_sinks": 128}),
+        ("`allmem`, window 256 + 4 sinks", {**ALLMEM, "window_size": 256, "num_sinks": 4}),
+        ("`lact`, window 2,048", {"type": "lact", **HEADS, "window_size": 2048}),
     ],
     "mamba": [
         FULL,

@@ -154,11 +154,6 @@ def overridden_window(
     """Window and sinks of this call; replacing them is refused where a state would not fit."""
     if not {"window_size", "num_sinks"} & set(ctx.overrides):
         return window_size, num_sinks
-    unknown = set(ctx.overrides) - {"window_size", "num_sinks"}
-    if unknown:
-        raise ValueError(
-            f"this mixer has no size {sorted(unknown)[0]!r} to override. It takes window_size and num_sinks."
-        )
     if state is not None or ctx.return_state:
         raise ValueError(
             "window_size and num_sinks can be overridden only in calls without a state, got overrides "

@@ -184,7 +184,7 @@ def exact_reach(mixer: MixerConfig) -> int | None:
     if mixer.type == "parallel":  # coefficients per channel begin at 0
         inner: tuple[MixerConfig, ...] = getattr(mixer, "mixers", ())
         return exact_reach(inner[0]) if getattr(mixer, "combine", "") == "channel" else 0
-    if mixer.type in ("sliding_window", "lolcats"):
+    if mixer.type in ("sliding_window", "lolcats", "allmem"):
         return int(getattr(mixer, "window_size", 0))
     return 0
 

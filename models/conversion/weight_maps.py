@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...layers.allmem import AllMemConfig
 from ...layers.contract import MixerConfig
 from ...layers.mamba2 import Mamba2Config
 from ...layers.registry import build_mixer
@@ -216,4 +217,12 @@ def _head_groups(source: MixerConfig, name: str, old: Tensor, new: Tensor) -> in
     return int(groups) if new.shape[0] == groups * old.shape[0] else 0
 
 
+def attention_in_allmem(source: MixerConfig, target: MixerConfig) -> dict[str, WeightSource | StackedSource]:
+    """The window of AllMem takes over everything; its memory has projections of its own, all new."""
+    assert isinstance(target, AllMemConfig)
+    window, _ = target.parts()
+    return {f"mixers.0.{name}": origin for name, origin in weight_map(source, window).items()}
+
+
+register_weight_map("allmem", attention_in_allmem)
 register_weight_map("mamba2", attention_in_mamba2, mamba2_like_attention)
