@@ -30,7 +30,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from memzoo.layers import TokenMixer, build_mixer, list_mixers
-from memzoo.layers.parts.composite import CompositeMixer
 from memzoo.layers.registry import mixer_entry
 
 # Dimensions: B batch, T tokens, M model width
@@ -42,7 +41,13 @@ PIECE = 1024  # tokens of one call while a context is read
 DTYPES = ("float32", "bfloat16")
 MODES = ("forward", "forward+backward")
 BASELINE = "attention"
-SETTINGS: dict[str, dict[str, Any]] = {"sliding_window": {"window_size": 256}, "lolcats": {"num_sinks": 4}}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "sliding_window": {"window_size": 256},
+    "lolcats": {"num_sinks": 4},
+    "allmem": {"window_size": 256, "num_sinks": 4, "chunk_size": 256},
+    "lact": {"window_size": 256, "chunk_size": 256},
+    "fast_weight_memory": {"chunk_size": 256},
+}
 # what the project wants: mixer -> at least this multiple of the speed of the other, forward+backward
 WANTED_AT_2K: dict[str, tuple[str, str, float]] = {
     "mamba2": ("transformers Mamba-2", "float32", 3.0),
@@ -140,7 +145,7 @@ def subjects(width: int, head_dim: int, only: Sequence[str] | None) -> dict[str,
     Raises:
         SystemExit: a name that does not exist.
     """
-    simple = [name for name in list_mixers() if not issubclass(mixer_entry(name).mixer, CompositeMixer)]
+    simple = [name for name in list_mixers() if "mixers" not in mixer_entry(name).config.__dataclass_fields__]
     known: dict[str, Callable[[], nn.Module]] = {
         name: partial(_ours, name, width, head_dim)
         for name in (BASELINE, *(n for n in simple if n != BASELINE))

@@ -105,6 +105,18 @@ def test_a_call_that_would_take_too_long_is_left_out_with_its_reason() -> None:
     assert reason("based", 2048) == "left out at 1024 tokens"
 
 
+def test_every_mixer_but_sums_and_chains_is_timed() -> None:
+    import mixers
+
+    from memzoo.layers import list_mixers
+
+    made = mixers.subjects(512, 64, None)
+    assert set(list_mixers()) - set(made) == {"parallel", "sequential"}
+    with torch.device("meta"):
+        for name in set(made) - set(mixers.PEERS):
+            made[name]()
+
+
 def test_an_unknown_name_is_an_error() -> None:
     import mixers
 
