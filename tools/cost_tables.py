@@ -291,7 +291,8 @@ def _class(name: str) -> type:
 
         return ModelConfig
     if name in ("recipe", "stage"):
-        from memzoo.train.conversion.recipe import ConversionRecipe, Stage
+        from memzoo.train.conversion.recipe import ConversionRecipe
+        from memzoo.train.conversion.recipe_stage import Stage
 
         return ConversionRecipe if name == "recipe" else Stage
     if name == "optimizer":

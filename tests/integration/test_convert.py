@@ -34,12 +34,12 @@ from memzoo.models.hf import save_model
 from memzoo.train.conversion.modules import AlignmentModule, DistillModule
 from memzoo.train.conversion.recipe import (
     ConversionRecipe,
-    Stage,
     check_recipe,
     control_plan,
     read_recipe,
     with_steps,
 )
+from memzoo.train.conversion.recipe_stage import Stage
 from memzoo.train.conversion.run import Comparison, convert_and_compare
 from memzoo.train.conversion.stage import StageSettings
 from memzoo.train.conversion.workshop import Conversion, Workshop
@@ -308,6 +308,11 @@ def stage(text: str, of: str = "{name: tune, loss: {kl: 1}, train: lora, steps: 
         (stage("lr: 1e-3"), "lr must be .* got '1e-3'. Write it as 0.001"),
         (stage("new_lr_scale: .nan").replace("NaN", ".nan"), "new_lr_scale must be a number of at least 0"),
         (stage("window_dropout: 1.5"), "window_dropout must be a share"),
+        (stage("sizes: 3"), "sizes must map names to ranges, got 3"),
+        (stage("sizes: {window: [1, 2]}"), "unknown size 'window'.*window_size"),
+        (stage("sizes: {window_size: 4}"), "window_size must be the smallest and the largest integer, got 4"),
+        (stage("sizes: {window_size: [0, 4]}"), "window_size must go from at least 1"),
+        (stage("sizes: {num_sinks: [4, 2]}"), "num_sinks must go from at least 0"),
         (stage("normalize: 3"), "normalize must be true or false"),
         (stage("{loss: {mixer_out: 1}, train: new, recompute: true}"), "recompute has no effect"),
         (stage("schedule: plateau"), "schedule must be cosine, linear or constant"),
@@ -396,6 +401,10 @@ def test_a_mistake_is_told_before_any_work(
         (
             "{target: {type: linear_attention}, " + stage("window_dropout: 0.5") + "}",
             "window_dropout has no effect, linear_attention has no window",
+        ),
+        (
+            "{target: {type: lolcats}, " + stage("sizes: {chunk_size: [2, 4]}") + "}",
+            "sizes has chunk_size, which lolcats does not have",
         ),
         (
             "{target: {type: based}, stages: " + json.dumps([{**ALIGN, "loss": {"attn_out": 1}}, TUNE]) + "}",
@@ -619,6 +628,34 @@ def test_window_dropout_shrinks_the_window_in_the_steps_it_draws(source: Path, t
         convert(source, tmp_path, recipe, comparison=Comparison(control=False))
     assert len(reach) == 8
     assert {tuple(step) for step in reach} == {(), ("window_size",)}
+
+
+def test_sizes_are_drawn_anew_in_every_step_and_the_control_keeps_its_own(
+    source: Path, tmp_path: Path
+) -> None:
+    target = {"type": "allmem", "window_size": 8, "mem_dim": 8, "chunk_size": 8}
+    sizes = {"window_size": [2, 20], "num_sinks": [0, 3], "chunk_size": [2, 20]}
+    recipe = ConversionRecipe(
+        target=target,
+        stages=[{**TUNE, "train": "new", "sizes": sizes, "steps": 6}],
+        control={"window_size": 8},
+    )
+    drawn: list[dict[str, int]] = []
+    original = MemoryLM.forward
+
+    def recording(self, *args, overrides=None, **options):
+        if self.training:
+            drawn.append(dict(overrides or {}))
+        return original(self, *args, overrides=overrides, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MemoryLM, "forward", recording)
+        convert(source, tmp_path, recipe)
+    own, control = drawn[:6], drawn[6:]
+    assert control == [{}] * len(control)
+    assert len(control) >= 6
+    assert all(sizes[name][0] <= step[name] <= sizes[name][1] for step in own for name in sizes)
+    assert len({tuple(sorted(step.items())) for step in own}) > 3
 
 
 @pytest.mark.parametrize("method", ["uniform", "even_odd", "mse", "loss"])

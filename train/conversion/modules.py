@@ -42,7 +42,8 @@ class StudentModule(LightningModule):
         teacher: frozen here; never saved nor trained with the student.
         optimizer: of the stage.
         window_dropout: share of the steps in which every window is shrunk to the token itself.
-        seed: of the choice of these steps.
+        sizes: size -> smallest and largest, of which every step draws its own.
+        seed: of these draws.
         label: what an error begins with.
 
     Attributes:
@@ -57,6 +58,7 @@ class StudentModule(LightningModule):
         optimizer: OptimizerConfig,
         *,
         window_dropout: float = 0.0,
+        sizes: Mapping[str, Sequence[int]] | None = None,
         seed: int = 0,
         label: str = "training",
     ) -> None:
@@ -65,7 +67,7 @@ class StudentModule(LightningModule):
         self.student = student
         self._teacher = [teacher.requires_grad_(False).eval()]  # in a list: no part of this module
         self.optimizer_config = optimizer
-        self.window_dropout, self.seed = window_dropout, seed
+        self.window_dropout, self.sizes, self.seed = window_dropout, dict(sizes or {}), seed
         self.history: dict[str, list[float]] = {}
         self.num_tokens = 0
         self.strict_loading = False
@@ -159,10 +161,13 @@ class StudentModule(LightningModule):
 
     def overrides(self, step: int) -> dict[str, int]:
         """Sizes to use in a step: a pure function of seed and step, so that a resumed run draws the same."""
-        if not self.window_dropout:
-            return {}
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
-        return dict(SHRUNK) if float(torch.rand((), generator=generator)) < self.window_dropout else {}
+        is_shrunk = float(torch.rand((), generator=generator)) < self.window_dropout
+        drawn = {
+            name: int(torch.randint(low, high + 1, (), generator=generator))
+            for name, (low, high) in sorted(self.sizes.items())
+        }
+        return drawn | SHRUNK if is_shrunk else drawn
 
 
 class _Settled(torch.autograd.Function):

@@ -28,7 +28,8 @@ from ..data.texts import load_text
 from .comparison import UNALIGNED_ROW, Row
 from .data import batches_digest, read_batches
 from .folder import as_json, begin, note_run
-from .recipe import ConversionRecipe, Stage, control_plan, shown_recipe
+from .recipe import ConversionRecipe, control_plan, shown_recipe
+from .recipe_stage import Stage
 from .stage import Segment, SegmentBatches, StageFacts, StageSettings, trained_names
 from .teacher import weights_digest
 from .updates import lora_size
@@ -220,7 +221,7 @@ def control_stage(recipe: ConversionRecipe, last: Stage, hybrid: Conversion, win
     the rank that comes nearest.
     """
     kinds = {stage.train for stage in recipe.all_stages if stage.steps}
-    stage = replace(merged_stage(recipe, last, "tune"), window_dropout=0.0, new_lr_scale=0.0)
+    stage = replace(merged_stage(recipe, last, "tune"), window_dropout=0.0, sizes={}, new_lr_scale=0.0)
     if "all" in kinds:
         return replace(stage, train="all")
     per_rank = lora_size(window, last.lora_targets)

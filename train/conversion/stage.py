@@ -30,7 +30,7 @@ from ..checkpointing import FolderCheckpointIO, newest_checkpoint
 from ..data.batches import BatchSource, ResumableLoader, TokenBatch
 from ..stopping import RunEnded
 from .modules import AlignmentModule, DistillModule, StudentModule, as_tensors
-from .recipe import Stage
+from .recipe_stage import Stage
 from .teacher import TeacherReadings
 from .updates import freeze_except, linear_layers, lora_size, low_rank_updates, scaled_rates
 
@@ -227,7 +227,12 @@ def _module(
     seed: int,
     label: str,
 ) -> StudentModule:
-    options: dict[str, Any] = {"window_dropout": stage.window_dropout, "seed": seed, "label": label}
+    options: dict[str, Any] = {
+        "window_dropout": stage.window_dropout,
+        "sizes": stage.sizes,
+        "seed": seed,
+        "label": label,
+    }
     if stage.is_alignment:
         assert isinstance(network, MemoryLM)
         return AlignmentModule(

@@ -45,7 +45,8 @@ from ..data.batches import BatchSource
 from ..evaluate import PositionLosses, position_losses
 from .comparison import Row
 from .data import read_batches
-from .recipe import ConversionRecipe, Stage
+from .recipe import ConversionRecipe
+from .recipe_stage import Stage
 from .stage import Segment, StageFacts, StageSettings, run_stage, verified
 from .teacher import TeacherReadings, weights_digest
 from .updates import linear_layers
