@@ -42,8 +42,8 @@ class ParallelConfig(CompositeConfig):
 class Parallel(CompositeMixer):
     """Adds the outputs of mixers that read the same input.
 
-    Probe: `window_share`, the length of the first output over the sum of the lengths of all, weighted as they
-    are added.
+    Probes: `window_share`, the length of the first output over the sum of the lengths of all, weighted as
+    they are added; `coefficient`, the sizes of the coefficients.
     """
 
     config: ParallelConfig
@@ -76,6 +76,7 @@ class Parallel(CompositeMixer):
             gates = self.gate_proj(x).sigmoid().unbind(-1)  # I of (B, T)
             outputs = [gate[..., None] * output for gate, output in zip(gates, outputs, strict=True)]
         if self.coefficient is not None:
+            record("coefficient", self.coefficient.abs())
             added = zip(self.coefficient.to(x.dtype), outputs[1:], strict=True)
             outputs = [outputs[0], *(coefficient * output for coefficient, output in added)]
         if is_probing():

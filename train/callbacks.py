@@ -6,21 +6,31 @@ import resource
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
+from torch import Tensor
 from tqdm import tqdm  # type: ignore[import-untyped]
 
+from ..layers import probe
 from ..records import results_folder
 from .checkpointing import STORAGE_ERRORS
 from .data.batches import TokenBatch
 from .exact_resume import ExactResume
 from .stopping import RunEnded, StopOnSignal, way_on
 
-__all__ = ["ExactResume", "SaveModelFolder", "StopOnSignal", "TrainingProgress", "peak_memory_gib"]
+__all__ = [
+    "ExactResume",
+    "LogProbes",
+    "SaveModelFolder",
+    "StopOnSignal",
+    "TrainingProgress",
+    "peak_memory_gib",
+]
 
 
 class TrainingProgress(ProgressBar):
@@ -194,6 +204,50 @@ class SaveModelFolder(Callback):
             line = f"error: the model could not be written to {folder} ({error.strerror})"
             raise RunEnded(f"{line}{way_on(trainer, None)}", 1) from error
         self.written = folder
+
+
+class LogProbes(Callback):
+    """Log what the layers record for `memzoo.layers.probe`, such as gates, rates and lengths of fast weights.
+
+    Every so many steps the mean of each record over layers, tokens and heads is logged as ``probe/NAME``.
+
+    Args:
+        every: steps between two looks.
+
+    Raises:
+        ValueError: fewer than 1 step.
+    """
+
+    def __init__(self, every: int = 50) -> None:
+        if every < 1:
+            raise ValueError(f"every must be at least 1 step, got {every}.")
+        self.every = every
+        self._open = ExitStack()
+        self._seen: dict[str, list[Tensor]] | None = None
+        self._last = -1
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *arguments: Any) -> None:
+        step = trainer.global_step
+        if step % self.every == 0 and step != self._last:  # the first batch of those that make a step
+            self._last = step
+            self._seen = self._open.enter_context(probe())
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *arguments: Any) -> None:
+        if self._seen is None:
+            return
+        self._open.close()
+        means = {
+            f"probe/{name}": float(torch.stack([value.float().mean() for value in values]).mean())
+            for name, values in self._seen.items()
+        }
+        self._seen = None
+        if means:
+            for logger in trainer.loggers:
+                logger.log_metrics(means, self._last)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._open.close()
+        self._seen = None
 
 
 def peak_memory_gib() -> float:

@@ -122,7 +122,8 @@ class FastNetState(State):
 class FastNet(nn.Module):
     """The initial net, its rates and its momentum.
 
-    Probes: `fast_rate` and `fast_momentum` per token; `fast_weight_norm` (N, H) where the state is returned.
+    Probes: `fast_rate` and `fast_momentum` per token; `fast_weight_norm` and, with momentum, `fast_step_norm`
+    (N, H) after the call.
 
     Args:
         config: what learns and how.
@@ -221,14 +222,14 @@ class FastNet(nn.Module):
             bptt_chunks=c.bptt_chunks,
             recompute=c.recompute,
             initial_state=None if state is None else _as_kernel_state(state),
-            return_state=ctx.return_state,
+            return_state=ctx.return_state or is_probing(),
             cu_seqlens=ctx.cu_seqlens,
         )
-        if after is None:
-            return out, None
-        if is_probing():
-            record("fast_weight_norm", torch.linalg.vector_norm(after.weights.detach(), dim=-1))  # (N, H)
-        return out, _as_state(after)
+        if after is not None and is_probing():
+            record("fast_weight_norm", torch.linalg.vector_norm(after.weights.detach(), dim=-1))
+            if after.momentum is not None:
+                record("fast_step_norm", torch.linalg.vector_norm(after.momentum.detach(), dim=-1))
+        return out, None if after is None or not ctx.return_state else _as_state(after)
 
     def num_flops(self) -> int:
         """Matrix-product FLOPs of one token: rates, one answer, one step."""

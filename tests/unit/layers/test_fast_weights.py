@@ -130,10 +130,10 @@ def test_allmem_takes_all_three_sizes_for_one_call() -> None:
 def test_health_of_the_memory_can_be_looked_at() -> None:
     mixer = build_mixer(MEMORY)
     with probe() as seen:
-        mixer(torch.randn(2, 11, 12), return_state=True)
+        assert mixer(torch.randn(2, 11, 12)).state is None
     assert seen["fast_rate"][0].shape == (2, 11, 2, 3)
     assert seen["fast_momentum"][0].shape == (2, 11, 2)
-    assert seen["fast_weight_norm"][0].shape == (2, 2)
+    assert seen["fast_weight_norm"][0].shape == seen["fast_step_norm"][0].shape == (2, 2)
 
 
 @pytest.mark.parametrize("num_tokens", [128, 65_536])
