@@ -98,3 +98,37 @@ def build_config(where: str, **fields: Any) -> ModelConfig:
         return ModelConfig(**fields)
     except ValueError as error:
         raise CheckpointError(f"{where} does not describe a possible model: {error}") from error
+
+
+def check_names(
+    where: str, weight_map: Mapping[str, SourceWeight], shapes: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Compares what is there with what the config implies.
+
+    Args:
+        where: named in errors.
+        weight_map: by any key, the names and shapes that the config implies.
+        shapes: name -> shape of what is there.
+
+    Raises:
+        CheckpointError: names the first weight that is missing, of no use, or of another shape.
+    """
+    expected = {source.name: source.shape for source in weight_map.values()}
+    missing = [name for name in expected if name not in shapes]
+    unexpected = [name for name in shapes if name not in expected]
+    if missing:
+        extra = f" It has {unexpected[0]!r} instead." if unexpected else ""
+        raise CheckpointError(
+            f"{where}: {missing[0]!r} is missing ({len(missing)} such).{extra} "
+            "The config is of another model, or files are absent."
+        )
+    if unexpected:
+        raise CheckpointError(
+            f"{where}: {unexpected[0]!r} belongs to no part of the model ({len(unexpected)} such). "
+            "The config is of another model."
+        )
+    for name, shape in expected.items():
+        if tuple(shapes[name]) != shape:
+            raise CheckpointError(
+                f"{where}: {name!r} has shape {tuple(shapes[name])}, the config implies {shape}."
+            )

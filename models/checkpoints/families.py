@@ -17,6 +17,7 @@ from torch import Tensor
 from ..config import ModelConfig
 from .config_reader import ConfigReader, SourceWeight, build_config
 from .errors import CheckpointError
+from .gated_delta_net import HYBRID_FAMILIES
 from .gguf_files import GGUFFile
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
@@ -85,6 +86,12 @@ def config_from_hf(values: Mapping[str, Any], where: str) -> ModelConfig:
             does not have.
     """
     family = values.get("model_type")
+    if family in HYBRID_FAMILIES:
+        raise CheckpointError(
+            f"{where} has model_type {family!r}, which is not read as a whole: the backbone lacks parts of "
+            "its attention, norms or experts. Its Gated DeltaNet layers are read one by one by "
+            "memzoo.models.checkpoints.gated_delta_net.load_gated_delta_net."
+        )
     if family not in FAMILIES:
         raise CheckpointError(
             f"{where} has model_type {family!r}. Of models with attention, {', '.join(FAMILIES)} (SmolLM is "

@@ -15,7 +15,7 @@ from ...layers.contract import MixerConfig
 from ...layers.registry import build_mixer
 from ..config import ModelConfig
 from ..decoder import MemoryLM, float32_parameter_names, parameter_tags, restore_parameter_tags
-from .config_reader import SourceWeight
+from .config_reader import SourceWeight, check_names
 from .errors import CheckpointError
 from .families import (
     config_from_gguf,
@@ -171,7 +171,7 @@ def read_weights(
     if path.is_file():
         file = open_gguf(path)
         weight_map = gguf_weight_map(config, file.architecture)
-        _check_names(str(path), weight_map, {name: info.shape for name, info in file.tensors.items()})
+        check_names(str(path), weight_map, {name: info.shape for name, info in file.tensors.items()})
         weights = {}
         for ours, source in weight_map.items():
             tensor = file.read(source.name, dtype or torch.float32)
@@ -199,7 +199,7 @@ def read_weights(
     spare_head = config.tie_embeddings and "lm_head.weight" in shapes
     if spare_head:
         shapes.pop("lm_head.weight")
-    _check_names(str(path), weight_map, shapes)
+    check_names(str(path), weight_map, shapes)
     loaded = dict(iterate_safetensors(infos))
     if spare_head and not torch.equal(
         loaded["lm_head.weight"], loaded[weight_map["embed_tokens.weight"].name]
@@ -391,7 +391,7 @@ def write_foreign_folder(
         for name, tensor in weights.items()
         if not (name == "lm_head.weight" and config.tie_embeddings)
     }
-    _check_names(
+    check_names(
         "the weights to save",
         {ours: SourceWeight(ours, _our_shape(source)) for ours, source in weight_map.items()},
         {name: tuple(tensor.shape) for name, tensor in present.items()},
@@ -435,28 +435,3 @@ def write_weights_folder(
         writers[INDEX_NAME] = json_writer({"metadata": {"total_size": total}, "weight_map": weight_map})
     writers[CONFIG_NAME] = json_writer(config_values)
     write_folder(folder, writers, extra={"kind": kind})
-
-
-def _check_names(
-    where: str, weight_map: Mapping[str, SourceWeight], shapes: Mapping[str, tuple[int, ...]]
-) -> None:
-    """Compares what is there with what the config implies; errors name the first difference."""
-    expected = {source.name: source.shape for source in weight_map.values()}
-    missing = [name for name in expected if name not in shapes]
-    unexpected = [name for name in shapes if name not in expected]
-    if missing:
-        extra = f" It has {unexpected[0]!r} instead." if unexpected else ""
-        raise CheckpointError(
-            f"{where}: {missing[0]!r} is missing ({len(missing)} such).{extra} "
-            "The config is of another model, or files are absent."
-        )
-    if unexpected:
-        raise CheckpointError(
-            f"{where}: {unexpected[0]!r} belongs to no part of the model ({len(unexpected)} such). "
-            "The config is of another model."
-        )
-    for name, shape in expected.items():
-        if tuple(shapes[name]) != shape:
-            raise CheckpointError(
-                f"{where}: {name!r} has shape {tuple(shapes[name])}, the config implies {shape}."
-            )
