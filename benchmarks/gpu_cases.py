@@ -21,6 +21,7 @@ from memzoo.kernels import (
     LinearState,
     MLSTMState,
     SlotState,
+    TTTState,
     attention,
     causal_conv,
     decode_attention,
@@ -33,6 +34,7 @@ from memzoo.kernels import (
     mlstm,
     selective_scan,
     taylor_attention,
+    ttt,
 )
 from memzoo.kernels.taylor_attention import num_features
 from memzoo.testing import ContractError, assert_close
@@ -283,6 +285,55 @@ def _linear(
         return {key: tensor for key, tensor in found.items() if tensor is not None}
 
     return Case("linear_attention", name, make, call, ("g", "memory", "normalizer"))
+
+
+# ------------------------------------------------------------------ test-time training
+
+
+def _ttt(
+    name: str,
+    *,
+    tokens: int = 0,
+    lengths: Sequence[int] | None = None,
+    positions: tuple[int, ...] = (0, 0),
+    hidden: int | None = None,
+    heads: int = 2,
+    width: int = 16,
+    size: int = 8,
+) -> Case:
+    num_rows, num_tokens, num_sequences = _rows(lengths, len(positions), tokens)
+    shapes = [(width, hidden or width), (1, hidden or width)]
+    shapes += [] if hidden is None else [(hidden, width), (1, width)]
+    parts = [(f"{kind} {i}", shape) for kind in ("weights", "pending") for i, shape in enumerate(shapes)]
+
+    def make(generator: torch.Generator) -> Tensors:
+        tokens_of = (num_rows, num_tokens, heads)
+        made = {key: _randn(generator, *tokens_of, width) for key in ("q", "k", "v")}
+        made |= {"rate": _randn(generator, *tokens_of).abs() / 16, "reader_rate": torch.ones(size).double()}
+        made |= {"norm_weight": (1 + _randn(generator, heads, width) / 4).bfloat16().double()}
+        made |= {"norm_bias": _randn(generator, heads, width) / 4}
+        for part, shape in parts:
+            scale = 4 if part.startswith("weights") else 16
+            made[part] = _randn(generator, num_sequences, heads, *shape) / scale
+        return made
+
+    def call(tensors: Tensors, backend: str) -> Tensors:
+        weights, pending = (
+            tuple(tensors[part] for part, _ in parts if part.startswith(kind))
+            for kind in ("weights", "pending")
+        )
+        out, state = ttt(
+            **{key: x for key, x in tensors.items() if " " not in key},
+            state=TTTState(weights, pending, positions),
+            return_state=True,
+            cu_seqlens=_bounds(lengths),
+            backend=backend,
+        )
+        assert state is not None
+        found = zip((part for part, _ in parts), (*state.weights, *state.pending), strict=True)
+        return {"output": out, **dict(found)}
+
+    return Case("ttt", name, make, call, ("rate", "reader_rate", *(part for part, _ in parts)))
 
 
 # ------------------------------------------------------------------ mLSTM
@@ -714,6 +765,10 @@ CASES: tuple[Case, ...] = (
     _divergence("one vocabulary", positions=70, vocab=(101, 101), chunk_size=16),
     _divergence("a larger teacher", positions=40, vocab=(96, 101), chunk_size=64),
     _divergence("a larger student", positions=40, vocab=(104, 101), chunk_size=13),
+    _ttt("linear net", tokens=70),
+    _ttt("linear net, packed, open mini-batches", lengths=(17, 0, 1, 20), positions=(0, 3, 7, 5)),
+    _ttt("net with a hidden layer", tokens=37, hidden=24, positions=(2, 2)),
+    _ttt("one token", tokens=1, positions=(7, 3)),
     _scan("plain", tokens=70),
     _scan("groups, skip and gate", tokens=33, groups=3, with_gate=True),
     _scan("one token, state", tokens=1, with_state=True),

@@ -20,6 +20,7 @@ from .linear_cross_entropy import linear_cross_entropy, linear_divergence
 from .mlstm import MLSTMState, mlstm
 from .selective_scan import selective_scan
 from .taylor_attention import taylor_attention
+from .ttt import TTTState, ttt
 
 __all__ = [
     "AttentionOutput",
@@ -30,6 +31,7 @@ __all__ = [
     "LinearState",
     "MLSTMState",
     "SlotState",
+    "TTTState",
     "attention",
     "available_backends",
     "causal_conv",
@@ -47,6 +49,7 @@ __all__ = [
     "selective_scan",
     "sequence_lengths",
     "taylor_attention",
+    "ttt",
     "unpack_fast_weights",
     "use_backend",
 ]

@@ -115,6 +115,11 @@ class ChunkLayout:
         """Whether every slot holds a token, so that the grid is a view of the tight row."""
         return self.total_chunks * self.chunk_size == sum(self.lengths)
 
+    @property
+    def _is_uniform(self) -> bool:
+        """Whether all sequences lie in their chunks alike, so that padding does without an index."""
+        return len(set(self.lengths)) == 1 and len(set(self.phases)) == 1
+
     @cached_property
     def valid(self) -> Tensor | None:
         """(K, C) bool on the CPU, True where a slot holds a token; None when every slot does."""
@@ -160,10 +165,10 @@ class ChunkLayout:
         shape = (self.total_chunks, self.chunk_size, *x.shape[1:])
         if self.is_aligned:
             return x.reshape(shape)
-        if not any(self.phases) and len(set(self.lengths)) == 1:
-            rows = x.reshape(len(self.lengths), self.lengths[0], -1)
-            missing = self.num_chunks[0] * self.chunk_size - self.lengths[0]
-            return F.pad(rows, (0, 0, 0, missing), value=fill).reshape(shape)
+        if self._is_uniform:
+            rows, phase = x.reshape(len(self.lengths), self.lengths[0], -1), self.phases[0]
+            missing = self.num_chunks[0] * self.chunk_size - self.lengths[0] - phase
+            return F.pad(rows, (0, 0, phase, missing), value=fill).reshape(shape)
         flat = x.new_full((shape[0] * shape[1], *x.shape[1:]), fill)
         return flat.index_copy(0, self._slots.to(x.device), x).view(shape)
 
@@ -182,9 +187,9 @@ class ChunkLayout:
         flat = chunks.reshape(-1, *chunks.shape[2:])
         if self.is_aligned:
             return flat
-        if not any(self.phases) and len(set(self.lengths)) == 1:
-            rows = chunks.reshape(len(self.lengths), -1, *chunks.shape[2:])
-            return rows[:, : self.lengths[0]].flatten(0, 1)
+        if self._is_uniform:
+            rows, phase = chunks.reshape(len(self.lengths), -1, *chunks.shape[2:]), self.phases[0]
+            return rows[:, phase : phase + self.lengths[0]].flatten(0, 1)
         return flat.index_select(0, self._slots.to(chunks.device))
 
     @cached_property

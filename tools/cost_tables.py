@@ -89,6 +89,11 @@ SUBJECTS: dict[str, list[tuple[str, dict[str, Any]]]] = {
         ("`mamba2`, d_state 64", {"type": "mamba2", "d_model": 1024, "d_state": 64}),
         ("`mamba3`", {"type": "mamba3", "d_model": 1024}),
     ],
+    "ttt": [
+        FULL,
+        ("`ttt_linear`", {"type": "ttt_linear", **HEADS}),
+        ("`ttt_mlp`", {"type": "ttt_mlp", **HEADS}),
+    ],
     "composites": [
         FULL,
         (

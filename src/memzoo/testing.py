@@ -1152,14 +1152,23 @@ def _gradients(subject: Subject, backend: str) -> dict[str, Tensor]:
         out = mixer(x, state, streams=rest, return_state=True, return_extras=True)
     loss = (out.hidden * noise(*out.hidden.shape)).sum()
     for tensor in (*out.extras.values(), *(t for _, t in _float_tensors(out.state))):
+        factors = noise(*tensor.shape).to(tensor)  # drawn for all: backends may differ in what has a gradient
         if tensor.requires_grad:
-            loss = loss + (tensor * noise(*tensor.shape).to(tensor)).sum()
+            loss = loss + (tensor * factors).sum()
     leaves = {"x": x}
     leaves |= {f"parameter {name}": p for name, p in mixer.named_parameters() if p.requires_grad}
     leaves |= {f"state.{name}": tensor for name, tensor in _float_tensors(state)}
     found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
     grads = dict(zip(leaves, found, strict=True))
     missing = [name for name, grad in grads.items() if grad is None and not name.startswith("state.")]
+    if missing:
+        # a learned empty memory acts through the state that a sequence starts with, and through nothing else
+        empty = [tensor for _, tensor in _float_tensors(mixer.init_state(2)) if tensor.requires_grad]
+        total = torch.stack([loss.new_zeros(()).requires_grad_(), *(tensor.sum() for tensor in empty)]).sum()
+        reached = torch.autograd.grad(total, [leaves[name] for name in missing], allow_unused=True)
+        learned = [name for name, grad in zip(missing, reached, strict=True) if grad is not None]
+        grads = {name: grad for name, grad in grads.items() if name not in learned}
+        missing = [name for name in missing if name not in learned]
     if missing:
         raise ContractError(f"gradients: none for {missing}")
     return {name: grad.detach() for name, grad in grads.items() if grad is not None}
