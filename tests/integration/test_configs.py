@@ -79,6 +79,11 @@ REDUCED = {
     "head_dim": 16,
     "feature_dim": 4,
     "window_size": 8,
+    "num_sinks": 2,
+    "chunk_size": 8,
+    "fast_heads": 2,
+    "low_rank": 4,
+    "mem_dim": 32,
     "d_ff": 96,
 }
 
@@ -117,6 +122,8 @@ def test_models_train_three_steps_at_reduced_size(name: str) -> None:
         ("models/attention_360m", 360),
         ("models/retnet_1b", 1324),
         ("models/gated_delta_net_1b", 1322),
+        ("models/allmem_600m", 662),
+        ("models/lact_760m", 798),
     ],
 )
 def test_models_have_the_size_of_their_name(name: str, millions: int) -> None:
