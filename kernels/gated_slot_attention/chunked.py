@@ -103,13 +103,18 @@ class _Group(Group):
         dq = torch.baddbmm(dq[:, :, 0], d_start, before.transpose(1, 2))
         dk = dk.baddbmm_(self.slots_end, after.transpose(1, 2))
         d_end = self.decay.to_end(torch.bmm(self.k, after))  # (Y, C, M)
-        d_slots = self.decay.columns(self.scores, d_rows).add_(d_end)
-        # by the running sum of log-decays up to each token, and by the sum of the whole chunk
-        d_total = (self.read() * d_output).sub_(self.slots * d_slots)
-        d_whole = self.decay.whole * (before * after).sum(1) + (self.slots * d_end).sum(1)  # (Y, M)
+        # a token's own weight has no decay: it stays out until the gradients of the decays are there
+        diagonal = self.scores[:, :, 0].diagonal(dim1=1, dim2=2)
+        own = diagonal.clone()[..., None]  # (Y, C, 1)
+        diagonal.zero_()
+        d_slots = self.decay.columns(self.scores, d_rows)
+        # what passes a token was read behind it, was written before it, or crosses the whole chunk
+        d_read = (self.read() * d_output).sub_(self.slots * d_slots)
+        d_whole = self.decay.whole * (before * after).sum(1)  # (Y, M)
         later = torch.ones(*self.k.shape[1:2] * 2, dtype=self.acc, device=self.k.device).triu_()
-        dg = torch.matmul(later, d_total).add_(d_whole[:, None])
-        return dq, dk, d_slots, dg, d_states[0]
+        dg = torch.matmul(later, d_read).add_(torch.matmul(1 - later, self.slots * d_end))
+        d_slots.add_(d_end).addcmul_(own, d_output)
+        return dq, dk, d_slots, dg.add_(d_whole[:, None]), d_states[0]
 
 
 class _SlotScores(torch.autograd.Function):

@@ -8,8 +8,10 @@ its C x C lower triangle (diagonal included):
 
 Only one chunk is worked on at a time, in the processor's cache, and the state is updated in place. The
 backward pass runs the states again instead of storing them, so memory is O(T (K + V)) whatever the size of
-the state. No exponent is above 0, and exponents below a floor (a factor that no sum of this precision can
-see) are raised to it, because denormal numbers are slow.
+the state. Decay factors and their floor: log_sums.py.
+
+A token's own weight has no decay. It is left out of the gradients of log-decays, which are differences of
+sums over the pairs of tokens: behind a strong decay it would be all that these sums hold.
 """
 
 from collections.abc import Iterator
@@ -19,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ..autograd import backward_without_autocast
+from .log_sums import LogSums, kept_overlap, later_sums
 from .shared_keys import linear_attention_shared_keys
 from .types import LinearState
 
@@ -126,13 +129,13 @@ class _Decay(NamedTuple):
 
 def _decay(g: Tensor) -> _Decay:
     """Factors from the log-decays (X, C) of a chunk."""
-    floor = -700.0 if g.dtype == torch.float64 else -60.0
-    total = g.clamp(min=floor).cumsum(-1)
+    sums = LogSums(g)
+    from_start = sums.from_start()
     return _Decay(
-        (total[:, :, None] - total[:, None, :]).clamp(floor, 0).exp_()[:, None],
-        total.clamp(floor, 0).exp_()[:, None, :, None],
-        (total[:, -1:] - total).clamp(floor, 0).exp_()[..., None],
-        total[:, -1, None, None].clamp(floor, 0).exp_(),
+        sums.between()[:, None],
+        from_start[:, None, :, None],
+        sums.to_end()[..., None],
+        from_start[:, -1, None, None],
     )
 
 
@@ -265,7 +268,8 @@ def _attend_backward(
                 reads.append(None)
             if t1 < start + length:
                 chunk.write(state, key_sum)
-        # Backward over their gradients: everything else. `overlap` is <dS, S> after the chunk.
+        # Backward over their gradients: everything else. `overlap` is <dS, S> after the chunk, and once less
+        # what the chunk wrote, <dS, S> of what it kept.
         d_state, d_key_sum = d_memory[m], d_normalizer[m] if plan.normalize else None
         overlap = None
         if d_total is not None:
@@ -281,6 +285,7 @@ def _attend_backward(
                 d_scores.add_(d_weight[:, :, t0:t1, None])
             if d_total is not None:
                 pairs = (d_scores * scores).sum(1)  # (X, C, C)
+                pairs.diagonal(dim1=1, dim2=2).zero_()
                 d_total[:, t0:t1] += pairs.sum(2) - pairs.sum(1)
             d_scores.tril_()
             if chunk.decay is not None:
@@ -301,13 +306,14 @@ def _attend_backward(
                     grad_write.mul_(chunk.decay.write)
                 if d_total is not None:
                     written = (grad_write * chunk.k).sum(2)  # (X, C)
-                    d_total[:, t0:t1] -= written
                 grad_k.add_(grad_write)
             dk[:, t0:t1], dv[:, t0:t1] = grad_k, grad_v
-            if d_total is not None and overlap is not None:
-                d_total[:, t1 - 1] += overlap
+            if d_total is not None and overlap is not None and chunk.decay is not None:
+                d_total[:, t0:t1] = later_sums(d_total[:, t0:t1])
                 if written is not None:
-                    overlap = overlap - written.sum(1)
+                    d_total[:, t0 + 1 : t1] += written[:, :-1].cumsum(1)
+                    overlap = kept_overlap(overlap - written.sum(1), chunk.decay.whole[:, 0, 0])
+                d_total[:, t0:t1] += overlap[:, None]
                 read_by = reads[i]
                 if read_by is not None:
                     overlap = overlap + read_by
@@ -321,9 +327,6 @@ def _attend_backward(
                         d_key_sum.mul_(chunk.decay.whole[..., 0])
                     read = torch.bmm(d_weight[:, :, t0:t1].flatten(1)[:, None], q_read)[:, 0]
                     d_key_sum.add_(read, alpha=plan.scale)
-            if d_total is not None:
-                part = d_total[:, t0:t1]
-                d_total[:, t0:t1] = part.flip(1).cumsum(1).flip(1)
     return (
         dq.to(q.dtype),
         dk.to(k.dtype),

@@ -15,6 +15,8 @@ denormal numbers are slow.
 import torch
 from torch import Tensor
 
+from .log_sums import LogSums
+
 # Dimensions: Y chunks (of all heads), C chunk length, R kinds of rows (0 reads its own token too, 1 only
 # earlier ones), K width, M blocks of a level, S half the length of such a block
 
@@ -57,10 +59,9 @@ class HeadDecay(NoDecay):
     """One log-decay per token, (Y, C)."""
 
     def __init__(self, g: Tensor):
-        floor = -700.0 if g.dtype == torch.float64 else -60.0
-        total = g.clamp(min=floor).cumsum(1)
-        self.inside = (total[:, :, None] - total[:, None, :]).clamp_(floor, 0).exp_().tril_()  # (Y, C, C)
-        self._start = total.clamp(min=floor).exp_()  # (Y, C)
+        sums = LogSums(g)
+        self.inside = sums.between().tril_()  # (Y, C, C)
+        self._start = sums.from_start()  # (Y, C)
         self._end = self.inside[:, -1, :, None]  # (Y, C, 1)
         self.whole = self._start[:, -1, None]  # (Y, 1)
 

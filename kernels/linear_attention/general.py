@@ -182,20 +182,25 @@ class _Group(Group):
         before, after = states[:-1].flatten(0, 1), d_states[1:].flatten(0, 1)  # (Y, K, V)
         flat = d_reads.flatten(1, 2)
         d_scores = torch.bmm(flat, self.values.transpose(1, 2)).view_as(self.scores)
+        # a token's own weight has no decay: it stays out until the gradients of the decays are there
+        diagonal = d_scores[:, :, 0].diagonal(dim1=1, dim2=2)
+        own = diagonal.clone()[..., None]  # (Y, C, 1)
+        diagonal.zero_()
         dx, dw = self.decay.gradients(d_scores, self.x, self.w)
         dx.add_(self.decay.from_start(torch.bmm(flat, before.transpose(1, 2)).view_as(dx)))
         d_end = self.decay.to_end(torch.bmm(self.values, after.transpose(1, 2)))  # (Y, C, K)
-        dw.add_(d_end)
         dg = None
         if self.decay.whole is not None:
-            # by the running sum of log-decays up to each token, and by the sum of the whole chunk
-            d_total = (self.x * dx).sum(2).sub_(self.w * dw)
+            # what passes a token was read behind it, was written before it, or crosses the whole chunk
+            d_read = (self.x * dx).sum(2).sub_(self.w * dw)
+            d_written = self.w * d_end
             d_whole = self.decay.whole * (before * after).sum(2)  # (Y, K)
-            d_whole = d_whole.add_((self.w * d_end).sum(1))[:, None]
             if self.decay.whole.shape[1] == 1:
-                d_total, d_whole = d_total.sum(2, keepdim=True), d_whole.sum(2, keepdim=True)
+                d_read, d_written, d_whole = (x.sum(-1, keepdim=True) for x in (d_read, d_written, d_whole))
             later = torch.ones(*self.w.shape[1:2] * 2, dtype=self.acc, device=self.w.device).triu_()
-            dg = torch.matmul(later, d_total).add_(d_whole)
+            dg = torch.matmul(later, d_read).add_(torch.matmul(1 - later, d_written)).add_(d_whole[:, None])
+        dx[:, :, 0].addcmul_(own, self.w)
+        dw.add_(d_end).addcmul_(own, self.x[:, :, 0])
         dk = dw if self.beta is None else dw * self.beta
         if self.inverse is not None:
             dk = dk + dx[:, :, 1]

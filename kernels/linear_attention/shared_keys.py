@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ..autograd import backward_without_autocast
+from .log_sums import LogSums
 from .types import LinearState
 
 # Dimensions: B batch, T tokens, N sequences, Hk key heads, J value heads of a key head, K key width, V value
@@ -83,16 +84,15 @@ class _Chunk:
         self.q, self.k = q[:, t0:t1].to(acc), k[:, t0:t1].to(acc)  # (X, C, K)
         self.v = v[:, t0:t1].to(acc)  # (X, C, J, V)
         self.scale = scale
-        floor = -700.0 if acc == torch.float64 else -60.0
-        total = g[:, :, t0:t1].to(acc).clamp(min=floor).cumsum(-1)  # (X, J, C)
-        self._total, self._floor = total, floor
-        self.read = total.clamp(floor, 0).exp_().transpose(1, 2)[..., None]  # (X, C, J, 1)
-        self.write = (total[..., -1:] - total).clamp_(floor, 0).exp_().transpose(1, 2)[..., None]
-        self.whole = total[..., -1].clamp(floor, 0).exp_()[:, None, :, None]  # (X, 1, J, 1)
+        self._sums = LogSums(g[:, :, t0:t1].to(acc))
+        from_start = self._sums.from_start()  # (X, J, C)
+        self.read = from_start.transpose(1, 2)[..., None]  # (X, C, J, 1)
+        self.write = self._sums.to_end().transpose(1, 2)[..., None]
+        self.whole = from_start[:, None, :, -1:]  # (X, 1, J, 1)
 
     def inside(self) -> Tensor:
         """Decay from token j to token i >= j, (X, J, C, C); what lies above the diagonal is meaningless."""
-        return (self._total[..., None] - self._total[..., None, :]).clamp_(self._floor, 0).exp_()
+        return self._sums.between()
 
     def scores(self) -> Tensor:
         """P of the module docstring, (X, C, C)."""

@@ -11,7 +11,8 @@ entering the chunk and M_i = max(m, max_{j <= i} b_j), the stabiliser of the rec
 Every row has its own M_i, which reads tokens up to i alone, so the result is causal to the bit and no
 exponent is above 0. The normaliser is one more value column, of ones. As in linear attention, the backward
 pass runs the states again instead of storing them: memory is O(T (K + V)). Exponents below a floor (a factor
-that no sum of this precision can see) are raised to it, because denormal numbers are slow.
+that no sum of this precision can see) are raised to it, because denormal numbers are slow. b, M and G are
+float64: behind closed forget gates they are large, and only their differences count.
 
 Gradients. All weights are products of exp(i_j), of exp(logsigmoid f) and of exp(-m_i), and the last cancel
 in h_i but for eps. So the sums are differentiated as if m were 0 everywhere, and the whole derivative by m_i
@@ -29,6 +30,9 @@ from .types import MLSTMState
 
 # Dimensions: B batch, T tokens, N sequences, H heads, X rows of heads, K key width, V value width, S
 # segments, C chunk length
+
+# Log-decays below it forget everything, and sums of lower ones would lose the input gates.
+_LOWEST = -1e6
 
 
 class _Plan(NamedTuple):
@@ -100,18 +104,19 @@ class _Chunk:
         self.q, self.k = q.to(acc), k.to(acc)  # (X, C, K)
         self.v = F.pad(v.to(acc), (0, 1), value=1.0)  # (X, C, V + 1)
         self.floor = -700.0 if acc == torch.float64 else -60.0
-        total = F.logsigmoid(forget_gate).cumsum(-1)  # (X, C), G
+        entering = stabilizer.double()[:, None]
+        total = F.logsigmoid(forget_gate).double().clamp_(min=_LOWEST).cumsum(-1)  # (X, C), G
         self.source = input_gate - total  # b
         largest, self.winner = self.source.cummax(-1)
-        self.from_state = stabilizer[:, None] >= largest  # (X, C), where M_i is the m of the state
-        self.largest = torch.maximum(largest, stabilizer[:, None])  # M
-        self.stabilizer = total + self.largest
-        self.read = self._factor(stabilizer[:, None] - self.largest)[..., None]  # (X, C, 1)
+        self.from_state = entering >= largest  # (X, C), where M_i is the m of the state
+        self.largest = torch.maximum(largest, entering)  # M
+        self.stabilizer = (total + self.largest).to(acc)
+        self.read = self._factor(entering - self.largest)[..., None]  # (X, C, 1)
         self.write = self._factor(self.source - self.largest[:, -1:])[..., None]  # (X, C, 1)
         self.whole = self.read[:, -1:]  # (X, 1, 1)
 
     def _factor(self, exponent: Tensor) -> Tensor:
-        return exponent.clamp(self.floor, 0).exp()
+        return exponent.clamp(self.floor, 0).to(self.q.dtype).exp_()
 
     def inside(self) -> Tensor:
         """exp(b_j - M_i), (X, C, C); what lies above the diagonal is meaningless."""
