@@ -83,8 +83,8 @@ def test_weak_decays_behind_strong_ones(case: str) -> None:
         assert_close(case, actual, expected, 1.5e-6)
 
 
-# Of mLSTM the gradients of its maxima, which cancel, are as large as those of what is not forgotten; with shared
-# keys the gradient is the difference of two sums over all that is read and written.
+# Of mLSTM the gradients of its maxima, which cancel, are as large as those of what is not forgotten; with
+# shared keys the gradient is the difference of two sums over all that is read and written.
 @pytest.mark.parametrize("case", [case for case in CASES if case not in ("mlstm", "shared keys")])
 def test_gradient_of_a_rate_that_forgets_everything(case: str) -> None:
     """Next to nothing, so that it is not to be drowned by the rounding of what is not forgotten."""
