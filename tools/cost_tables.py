@@ -380,7 +380,7 @@ def _kind(annotation: Any) -> str:
         return plain[text]
     parts = []
     for part in text.split(" | "):
-        if part.startswith("Mapping"):
+        if part.startswith(("Mapping", "dict")):
             parts.append("mapping")
         elif part.startswith("Literal"):
             parts.append("one of " + part[len("Literal[") : -1].replace('"', ""))

@@ -21,6 +21,7 @@ from .carried import CarriedStates
 from .data.batches import TokenBatch, refuse_processes
 from .data.mqar import IGNORE_INDEX, accuracy_per_example
 from .optim import OptimizerConfig, build_optimizer, lr_factor
+from .sizes import check_sizes, draw_sizes, step_generator
 from .stopping import way_on
 
 logger = logging.getLogger(__name__)
@@ -49,6 +50,8 @@ class LanguageModelModule(LightningModule):
         carry_state: begin each row of a batch with the memory that the same row of the batch before has ended
             with, without gradient, unless the batch says that the row begins anew. Needs contiguous data and
             one process. Every validation begins with empty memories.
+        sizes: size -> smallest and largest: every training step draws one for all layers (`window_size`,
+            `num_sinks`, `chunk_size`), so that the model works with any. Validation has those of the config.
     """
 
     def __init__(
@@ -58,6 +61,7 @@ class LanguageModelModule(LightningModule):
         mixer_init_scale: float | None = None,
         recompute: bool = False,
         carry_state: bool = False,
+        sizes: dict[str, tuple[int, int]] | None = None,
     ) -> None:
         super().__init__()
         if mixer_init_scale is not None and not 0 < mixer_init_scale < math.inf:
@@ -70,6 +74,13 @@ class LanguageModelModule(LightningModule):
         self.model = MemoryLM(config)
         self.model.gradient_checkpointing = recompute
         self.carried = CarriedStates() if carry_state else None
+        self.sizes = sizes or {}
+        check_sizes("model", self.sizes)
+        if self.sizes and carry_state:
+            raise ValueError(
+                f"sizes that change from step to step ({', '.join(self.sizes)}) do not fit a memory that "
+                "goes on from batch to batch. Leave out sizes or carry_state."
+            )
         if mixer_init_scale is not None:
             init_mixers(self.model, mixer_init_scale)
 
@@ -85,11 +96,15 @@ class LanguageModelModule(LightningModule):
     def forward(self, batch: TokenBatch, split: str = "train") -> Tensor:
         """What the head reads, (B, T, M); carries the memory of ``split`` where that is asked for."""
         state = None if self.carried is None else self.carried.before(split, batch, self.model)
+        sizes = {}
+        if self.sizes and split == "train":
+            sizes = draw_sizes(self.sizes, step_generator(0, self.global_step))
         out = self.model(
             batch.input_ids,
             state,
             mask=batch.mask,
             cu_seqlens=batch.cu_seqlens,
+            overrides=sizes,
             return_state=self.carried is not None,
             return_hidden_states="last",
             last_only=True,

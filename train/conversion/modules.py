@@ -23,6 +23,7 @@ from ...models.decoder import MemoryLM
 from ..data.batches import TokenBatch
 from ..data.mqar import IGNORE_INDEX
 from ..optim import OptimizerConfig, build_optimizer, lr_factor
+from ..sizes import Sizes, draw_sizes, step_generator
 from .losses import attention_transfer_loss, hidden_alignment_loss
 from .teacher import TeacherReadings, last_hidden
 
@@ -58,7 +59,7 @@ class StudentModule(LightningModule):
         optimizer: OptimizerConfig,
         *,
         window_dropout: float = 0.0,
-        sizes: Mapping[str, Sequence[int]] | None = None,
+        sizes: Sizes | None = None,
         seed: int = 0,
         label: str = "training",
     ) -> None:
@@ -161,12 +162,9 @@ class StudentModule(LightningModule):
 
     def overrides(self, step: int) -> dict[str, int]:
         """Sizes to use in a step: a pure function of seed and step, so that a resumed run draws the same."""
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
+        generator = step_generator(self.seed, step)
         is_shrunk = float(torch.rand((), generator=generator)) < self.window_dropout
-        drawn = {
-            name: int(torch.randint(low, high + 1, (), generator=generator))
-            for name, (low, high) in sorted(self.sizes.items())
-        }
+        drawn = draw_sizes(self.sizes, generator)
         return drawn | SHRUNK if is_shrunk else drawn
 
 

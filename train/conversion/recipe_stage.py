@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ...layers.contract import suggest
-from ...layers.contract.context import OVERRIDES
 from ..optim import OptimizerConfig
+from ..sizes import check_sizes
 
 ALIGNMENT_LOSSES = ("mixer_out", "attn_out", "hidden")
 END_TO_END_LOSSES = ("kl", "ce")
@@ -115,7 +115,7 @@ class Stage:
             raise ValueError(
                 f"{where}: window_dropout must be a share, at most 1, got {self.window_dropout}."
             )
-        _check_sizes(where, self.sizes)
+        check_sizes(where, self.sizes)
         for name in ("normalize", "recompute"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{where}: {name} must be true or false, got {getattr(self, name)!r}.")
@@ -151,26 +151,6 @@ def _check_number(what: str, value: Any, *, is_positive: bool = False) -> None:
         wanted = "a positive number" if is_positive else "a number of at least 0"
         # YAML reads 1e-3, without a point, as text
         raise ValueError(f"{what} must be {wanted}, got {value!r}. Write it as 0.001 or 1.0e-3.")
-
-
-def _check_sizes(where: str, sizes: Any) -> None:
-    """Raises ValueError unless sizes maps known names to a smallest and a largest integer."""
-    example = "Write {window_size: [64, 512]}."
-    if not isinstance(sizes, Mapping):
-        raise ValueError(f"{where}: sizes must map names to ranges, got {sizes!r}. {example}")
-    for name, bounds in sizes.items():
-        if name not in OVERRIDES:
-            raise ValueError(f"{where}: unknown size {name!r}. {suggest(str(name), OVERRIDES)}")
-        is_pair = isinstance(bounds, (list, tuple)) and len(bounds) == 2
-        least = 0 if name == "num_sinks" else 1
-        if not is_pair or any(isinstance(bound, bool) or not isinstance(bound, int) for bound in bounds):
-            raise ValueError(
-                f"{where}: {name} must be the smallest and the largest integer, got {bounds!r}. {example}"
-            )
-        if not least <= bounds[0] <= bounds[1]:
-            raise ValueError(
-                f"{where}: {name} must go from at least {least} up to something no smaller, got {bounds!r}."
-            )
 
 
 def _check_names(what: str, value: Any) -> None:

@@ -21,9 +21,11 @@ from memzoo.models.decoder import MemoryLM
 from memzoo.train.callbacks import SaveModelFolder
 from memzoo.train.checkpointing import FolderCheckpointIO
 from memzoo.train.data.batches import BatchSource, ResumableLoader, TokenBatch
+from memzoo.train.data.task_module import TaskDataModule
 from memzoo.train.data.text import TextDataModule
 from memzoo.train.modules import LanguageModelModule
 from memzoo.train.optim import OptimizerConfig
+from memzoo.train.sizes import draw_sizes, step_generator
 
 VOCAB, ROWS, WINDOW, BATCHES = 31, 3, 6, 8
 # for every row the batches in which a document begins
@@ -426,3 +428,52 @@ def test_what_cannot_be_carried_is_refused(tmp_path: Path) -> None:
         ValueError, match="as carry_state needs them, can be read by one training process only, got 2"
     ):
         module.setup("fit")
+
+
+def test_sizes_are_drawn_anew_in_every_step_and_never_in_validation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = build(SMALL, sizes={"window_size": (1, 9), "num_sinks": (0, 3)})
+    seen: list[tuple[bool, dict[str, int]]] = []
+    forward = MemoryLM.forward
+
+    def recording(self: MemoryLM, *args: Any, overrides: Any = None, **options: Any) -> Any:
+        seen.append((self.training, dict(overrides)))
+        return forward(self, *args, overrides=overrides, **options)
+
+    monkeypatch.setattr(MemoryLM, "forward", recording)
+    data = TaskDataModule(
+        {"type": "needle", "key_vocab": 8, "value_vocab": 8, "noise_vocab": 8},
+        train_lengths=[16],
+        num_batches=6,
+        num_eval_examples=2,
+    )
+    Trainer(
+        accelerator="cpu",
+        max_epochs=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=tmp_path,
+        num_sanity_val_steps=0,
+    ).fit(module, data)
+    trained = [sizes for is_training, sizes in seen if is_training]
+    assert [sizes for is_training, sizes in seen if not is_training] == [{}]
+    assert len(trained) == 6
+    assert all(1 <= sizes["window_size"] <= 9 and 0 <= sizes["num_sinks"] <= 3 for sizes in trained)
+    assert len({sizes["window_size"] for sizes in trained}) > 2
+    assert trained == [draw_sizes(module.sizes, step_generator(0, step)) for step in range(6)]
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"sizes": {"windows": (1, 2)}}, "unknown size 'windows'.*window_size"),
+        ({"sizes": {"window_size": (3, 2)}}, "window_size must go from at least 1"),
+        ({"sizes": {"window_size": (1, 2)}, "carry_state": True}, "do not fit a memory that goes on"),
+    ],
+)
+def test_impossible_sizes_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build(SMALL, **options)
