@@ -16,26 +16,20 @@ tokens, and a training as short as this one does not undo that; one point with t
 
 from __future__ import annotations
 
-import hashlib
-import json
-import logging
 import sys
-import tempfile
-import time
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import common
+import points
 import torch
-from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch import seed_everything
 
 from memzoo.layers import build_mixer
 from memzoo.models.config import ModelConfig
 from memzoo.models.decoder import MemoryLM
-from memzoo.records import write_text_atomically
 from memzoo.train.data.mqar import MQARConfig
 from memzoo.train.data.mqar_module import MQARDataModule, MQARSegment
 from memzoo.train.evaluate import recall_on_mqar
@@ -115,21 +109,7 @@ def train_once(config: ModelConfig, rate: float, seed: int, sizes: Sizes, device
     data = MQARDataModule(
         vocab_size=sizes.vocab_size, train_segments=segments, batch_size=sizes.batch_size, seed=seed
     )
-    begin = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder:
-        Trainer(
-            accelerator="gpu" if device.startswith("cuda") else "cpu",
-            devices=1,
-            max_epochs=1,
-            gradient_clip_val=1.0,
-            limit_val_batches=0,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            default_root_dir=folder,
-        ).fit(module, datamodule=data)
-    seconds = time.perf_counter() - begin
+    seconds = points.fit(module, data, device)
     model = module.model.to(device).eval()
     accuracy = {
         split: recall_on_mqar(model, _examples(sizes, number))["accuracy"]
@@ -153,16 +133,20 @@ def point(mixer: str, settings: Mapping[str, Any], seed: int, sizes: Sizes, opti
     """One point of the frontier, from its file where it has been done."""
     config = model_config(mixer, settings, sizes)
     asked = {"config": config.to_dict(), "sizes": asdict(sizes), "rates": options.rates, "seed": seed}
-    digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
-    path = Path(options.work, f"{mixer}-{digest[:16]}.json")
-    if path.is_file():
-        return dict(json.loads(path.read_text(encoding="utf-8")))
+    return points.kept(
+        options.work, mixer, asked, lambda: _trained(mixer, settings, seed, sizes, config, options)
+    )
+
+
+def _trained(
+    mixer: str, settings: Mapping[str, Any], seed: int, sizes: Sizes, config: ModelConfig, options: Any
+) -> dict[str, Any]:
     runs = [train_once(config, rate, seed, sizes, str(options.device)) for rate in options.rates]
     best = max(runs, key=lambda run: run["validation"])
     with torch.device("meta"):
         num_parameters = MemoryLM(config).num_parameters()
         memory = build_mixer({"type": mixer, **settings, "d_model": D_MODEL})
-    found = {
+    return {
         "mixer": mixer,
         "settings": dict(settings),
         "seed": seed,
@@ -171,9 +155,6 @@ def point(mixer: str, settings: Mapping[str, Any], seed: int, sizes: Sizes, opti
         "accuracy": best["test"],
         "runs": runs,
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text_atomically(path, json.dumps(found, indent=1))
-    return found
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -188,8 +169,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = options_of.parse_args(arguments)
     options.rates = list(options.rates)
     common.prepare(options)
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module="lightning")
+    points.be_quiet()
     sizes = QUICK if options.quick else Sizes()
     chosen = [name for name in POINTS if not options.only or name in (BASELINE, *options.only)]
     asked = [
@@ -205,20 +185,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "threads": torch.get_num_threads(),
         "device": str(options.device),
     }
-    points: list[dict[str, Any]] = []
+    done: list[dict[str, Any]] = []
     for index, (name, settings, seed) in enumerate(asked, start=1):
-        points.append(point(name, settings, seed, sizes, options))
-        found = points[-1]
+        done.append(point(name, settings, seed, sizes, options))
+        found = done[-1]
         spent = sum(run["seconds"] for run in found["runs"])
         print(
             f"[{index}/{len(asked)}] {name} {settings}, seed {seed}: {found['accuracy']:.3f} with "
             f"{found['state_bytes']:,} bytes, {spent:.0f} s",
             flush=True,
         )
-        common.save(options, NAME, described, {"points": points})
+        common.save(options, NAME, described, {"points": done})
     rows = [
         (f"{found['mixer']} {found['settings']}", found["seed"], found["state_bytes"], found["accuracy"])
-        for found in points
+        for found in done
     ]
     print(common.table(rows, ("mixer", "seed", "state bytes", "accuracy")))
     return 0

@@ -74,9 +74,15 @@ def loading_table(argument: str, page: Path) -> str:
 
 
 def conversion_table(argument: str, page: Path) -> str:
-    """The rows of conversions with their paired differences, from `demo*.json` and `convert*.json`."""
+    """The rows of conversions with their paired differences, from `demo*.json` and `convert*.json`.
+
+    Args:
+        argument: beginnings of the names of the records that are shown; none for all.
+    """
     parts = []
     for path, record in [*records("demo*.json"), *records("convert*.json")]:
+        if argument and not path.stem.startswith(tuple(argument.split())):
+            continue
         results = record["results"]
         books = list(next(iter(results["rows"].values()))["books"])
         rows = []
