@@ -76,7 +76,7 @@ def linear_attention(
         return_state: also return the state after the last token.
         cu_seqlens: (N+1,) int64 CPU boundaries of a packed row (B = 1); nothing passes a boundary. Sequences
             without tokens are allowed and return their state unchanged.
-        chunk_size: tokens handled by one block of matmuls; changes speed, not the result.
+        chunk_size: most tokens handled by one block of matmuls; changes speed, not the result.
         backend: "auto", "reference", "torch" or "fla".
 
     Returns:

@@ -21,10 +21,31 @@ from .log_sums import LogSums
 # earlier ones), K width, M blocks of a level, S half the length of such a block
 
 
-class NoDecay:
-    """d = 1."""
+class _Decay:
+    """What decays have in common: the factors between a token and the ends of its chunk, None for 1."""
 
-    whole: Tensor | None = None
+    start: Tensor | None = None  # from before the chunk to each token, (Y, C, 1, 1 or K)
+    end: Tensor | None = None  # from each token to the end of the chunk, (Y, C, 1 or K)
+    whole: Tensor | None = None  # (Y, 1 or K)
+
+    def from_start(self, x: Tensor) -> Tensor:
+        """x (Y, C, R, K) times the decay from before the chunk to each token."""
+        return x if self.start is None else x * self.start
+
+    def to_end(self, w: Tensor) -> Tensor:
+        """w (Y, C, K) times the decay from each token to the end of the chunk."""
+        return w if self.end is None else w * self.end
+
+    def add_from_start(self, total: Tensor, x: Tensor) -> None:
+        """Add `from_start(x)` to `total` in place."""
+        if self.start is None:
+            total.add_(x)
+        else:
+            total.addcmul_(x, self.start)
+
+
+class NoDecay(_Decay):
+    """d = 1."""
 
     def __init__(self, like: Tensor):
         chunk_size = like.shape[1]
@@ -40,14 +61,6 @@ class NoDecay:
         flat = self._masked(p).flatten(1, 2)
         return torch.bmm(flat, w).view_as(x), torch.bmm(flat.transpose(1, 2), x.flatten(1, 2))
 
-    def from_start(self, x: Tensor) -> Tensor:
-        """x (Y, C, R, K) times the decay from before the chunk to each token."""
-        return x
-
-    def to_end(self, w: Tensor) -> Tensor:
-        """w (Y, C, K) times the decay from each token to the end of the chunk."""
-        return w
-
     def _masked(self, p: Tensor) -> Tensor:
         p.mul_(self.inside[:, :, None])
         if p.shape[2] > 1:
@@ -61,24 +74,20 @@ class HeadDecay(NoDecay):
     def __init__(self, g: Tensor):
         sums = LogSums(g)
         self.inside = sums.between().tril_()  # (Y, C, C)
-        self._start = sums.from_start()  # (Y, C)
-        self._end = self.inside[:, -1, :, None]  # (Y, C, 1)
-        self.whole = self._start[:, -1, None]  # (Y, 1)
-
-    def from_start(self, x: Tensor) -> Tensor:
-        return x * self._start[:, :, None, None]
-
-    def to_end(self, w: Tensor) -> Tensor:
-        return w * self._end
+        self.start = sums.from_start()[:, :, None, None]  # (Y, C, 1, 1)
+        self.end = self.inside[:, -1, :, None]  # (Y, C, 1)
+        self.whole = self.start[:, -1, 0]  # (Y, 1)
 
 
-class ChannelDecay:
+class ChannelDecay(_Decay):
     """One log-decay per token and channel, (Y, C, K); C is a power of two.
 
     Chunks are halved down to single tokens. At each level the rows in the second half of a block meet the
     columns in its first half, and the decay between them is a product of two factors, from the column to the
     middle and from the middle to the row; so one matmul per level does, and both factors are at most 1.
     """
+
+    whole: Tensor
 
     def __init__(self, g: Tensor):
         floor = -350.0 if g.dtype == torch.float64 else -40.0
@@ -96,7 +105,7 @@ class ChannelDecay:
             end_first.mul_(to_row[:, :, -1:]).clamp_(min=tiny)
             second.mul_(first[:, :, -1:]).clamp_(min=tiny)
             size *= 2
-        self._start, self._end = start, end
+        self.start, self.end = start[:, :, None], end
         self.whole = start[:, -1]  # (Y, K)
 
     def scores(self, x: Tensor, w: Tensor) -> Tensor:
@@ -135,14 +144,6 @@ class ChannelDecay:
             target = result.unflatten(1, (-1, 2, size))[:, :, 0]  # (Y, M, S, K)
             target.addcmul_(torch.bmm(block.transpose(1, 2), rows).view(target.shape), from_column)
         return result
-
-    def from_start(self, x: Tensor) -> Tensor:
-        """x (Y, C, R, K) times the decay from before the chunk to each token."""
-        return x * self._start[:, :, None]
-
-    def to_end(self, w: Tensor) -> Tensor:
-        """w (Y, C, K) times the decay from each token to the end of the chunk."""
-        return w * self._end
 
     def _rows(self, x: Tensor, size: int, to_row: Tensor) -> Tensor:
         """Rows of the second halves as the middle sees them, (Y, M, S, R, K)."""

@@ -4,22 +4,24 @@ A token writes w_j = beta_j k_j times a value e_j: of the additive rule e = v; o
 differs by from the value that the memory holds under the key. With d_ij the decay from token j to i inside a
 chunk (decays.py), s_i that from its start to i, t_j that from j to its end, and S the state entering it:
 
-    A_ij = sum_c scale q_ic w_jc d_ijc   (i >= j)       L_ij = sum_c k_ic w_jc d_ijc   (i > j)
+    A_ij = sum_c q_ic w_jc d_ijc   (i >= j)             L_ij = sum_c k_ic w_jc d_ijc   (i > j)
     e    = (I + L)^-1 (v - (s k) S) = U - W S           delta rule
-    o    = (scale s q) S + A e                          S' = Diag(s_end) S + (t w)^T e
+    o    = scale ((s q) S + A e)                        S' = Diag(s_end) S + (t w)^T e
 
 (the WY form of arXiv 2406.06484 and 2412.06464). A group of chunks is worked on together, small enough to
-stay in cache: everything without S for all of them at once, then the states one after the other. Only the
-state before each group is kept for the backward pass, which computes the rest again; so memory is
-O(T (K + V)).
+stay in cache: everything without S for all of them at once, then the states one after the other. Kept for the
+backward pass are the state before each group and, of the delta rule, e and (I + L)^-1, which are slow to make
+again; the rest is computed again. So memory is O(T (K + V + C)).
 
-With D the gradient of S', y = (do, -de') the gradients of what q and k read, and P = y e^T:
+With D the gradient of S', do that of o times scale, y = (do, -de') the gradients of what q and k read, and
+P = y e^T:
 
     de = A^T do + (t w) D                    de' = (I + L)^-T de = dv
-    dS = Diag(s_end) D + (scale s q)^T do - W^T de
+    dS = Diag(s_end) D + (s q)^T do - W^T de
     d(q, k) = s y S^T + rows(P)              dw = t e D^T + columns(P)
 """
 
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -34,6 +36,9 @@ from .types import LinearState
 # Dimensions: B batch, T tokens, N sequences, H heads, Hk key heads, HV value heads, K key width, V value
 # width, Y chunks of all rows and heads of a group, J chunks of a sequence in a group, X rows times heads,
 # C chunk length, R what reads: queries and, with the delta rule, keys
+
+# of shorter chunks matmuls are slow
+_LEAST_CHUNK = 32
 
 
 class _Options(NamedTuple):
@@ -77,6 +82,10 @@ def linear_attention_general(
     # every head with all of its own; grouped ones repeat what they share
     q, k, v = (_repeat(x, 2, heads) for x in (q, k, v))
     g, beta = (None if x is None else _repeat(x, 2, heads) for x in (g, beta))
+    # work inside chunks grows with their length, and work on states shrinks with it until they are as small
+    # as the keys and values of a chunk
+    balanced = k.shape[3] * v.shape[3] // max(1, k.shape[3] + v.shape[3])
+    chunk_size = min(chunk_size, max(_LEAST_CHUNK, 1 << max(balanced - 1, 0).bit_length()))
     plan = make_plan(q, v, lengths, is_packed, chunk_size)
     options = _Options(scale, rule == "delta", normalize)
     result, final = _GeneralLinearAttention.apply(q, k, v, g, beta, memory, plan, options)
@@ -98,97 +107,118 @@ def _repeat(x: Tensor, axis: int, heads: int) -> Tensor:
 
 
 class _Group(Group):
-    """A group of chunks: first everything that does not depend on the state."""
+    """A group of chunks: what both passes need, and the passes."""
 
     def __init__(
         self,
         q: Tensor,
         k: Tensor,
-        v: Tensor,
         g: Tensor | None,
         beta: Tensor | None,
         bounds: tuple[int, int, int],
         options: _Options,
     ):
         super().__init__(q, bounds)
-        self.k, self.v = self.load(k), self.load(v)  # (Y, C, K), (Y, C, V)
+        self.scale = options.scale
+        self.k = self.load(k)  # (Y, C, K)
         self.beta = None if beta is None else self.load(beta[..., None])  # (Y, C, 1)
         self.w = self.k if self.beta is None else self.k * self.beta
         self.x = self.k.new_empty(*self.k.shape[:2], 2 if options.is_delta else 1, self.k.shape[2])
-        self.x[:, :, 0] = self.load(q) * options.scale
+        self.load(q, into=self.x[:, :, 0])
         if options.is_delta:
             self.x[:, :, 1] = self.k
         log_decay = None
         if g is not None:
             log_decay = self.load(g) if g.dim() == 4 else self.load(g[..., None]).squeeze(2)
         self.decay = make_decay(log_decay, self.w)
-        self.scores = self.decay.scores(self.x, self.w)  # (Y, C, R, C)
         self.x_start = self.decay.from_start(self.x)  # (Y, C, R, K)
         self.w_end = self.decay.to_end(self.w)  # (Y, C, K)
         self.whole = None if self.decay.whole is None else self.split(self.decay.whole)[..., None]
-        self.values, self.inverse, self.erase = self.v, None, None
-        if options.is_delta:
-            self.inverse = unit_lower_inverse(self.scores[:, :, 1])
-            self.values = torch.bmm(self.inverse, self.v)
-            self.erase = self.split(torch.bmm(self.inverse, self.x_start[:, :, 1]))  # (J, X, C, K)
 
-    def run(self, state: Tensor) -> Tensor:
-        """States before each chunk and after the last, (J + 1, X, K, V); `values` become what is written."""
-        values, keys = self.split(self.values), self.split(self.w_end)
-        states = state.new_empty(len(values) + 1, *state.shape)
-        states[0] = state
-        for j in range(len(values)):
-            if self.erase is not None:
-                values[j].baddbmm_(self.erase[j], states[j], alpha=-1)
-            states[j + 1] = states[j]
-            if self.whole is not None:
-                states[j + 1].mul_(self.whole[j])
-            states[j + 1].baddbmm_(keys[j].transpose(1, 2), values[j])
-        return states
-
-    def read(self, states: Tensor) -> Tensor:
-        """Output (Y, C, V)."""
-        output = torch.bmm(self.scores[:, :, 0], self.values)
-        return output.baddbmm_(self.x_start[:, :, 0], states[:-1].flatten(0, 1))
-
-    def backward(
-        self, states: Tensor, d_output: Tensor, d_state: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor]:
-        """Gradients of q (scaled), k, v, g and beta, and of the state before the group.
+    def run(self, v: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Output and what is written, (Y, C, V), the state after the group, and (I + L)^-1 of the delta rule.
 
         Args:
-            states: from `run`.
-            d_output: (Y, C, V).
+            v: (B, T, H, V).
+            state: (X, K, V), before the group.
+        """
+        scores = self.decay.scores(self.x, self.w)  # (Y, C, R, C)
+        values, inverse, erase = self.load(v), None, None
+        if self.x.shape[2] == 2:
+            inverse = unit_lower_inverse(scores[:, :, 1])
+            values, erase = torch.bmm(inverse, values), self._erase(inverse)
+        states = self._states(values, state, erase)
+        output = torch.bmm(scores[:, :, 0], values)
+        output.baddbmm_(self.x_start[:, :, 0], states[:-1].flatten(0, 1), beta=self.scale, alpha=self.scale)
+        return output, values, states[-1], inverse
+
+    def _erase(self, inverse: Tensor) -> Tensor:
+        """W of the module docstring, (J, X, C, K)."""
+        return self.split(torch.bmm(inverse, self.x_start[:, :, 1]))
+
+    def _states(self, values: Tensor, state: Tensor, erase: Tensor | None) -> Tensor:
+        """States before each chunk and after the last, (J + 1, X, K, V).
+
+        With `erase`, `values` (Y, C, V) are U and become what is written; without, they are it.
+        """
+        keys = self.split(self.w_end).transpose(2, 3)  # (J, X, K, C)
+        parts = self.split(values)
+        states = state.new_empty(len(parts) + 1, *state.shape)
+        states[0] = state
+        for j, (before, after) in enumerate(pairwise(states.unbind())):
+            if erase is not None:
+                parts[j].baddbmm_(erase[j], before, alpha=-1)
+            if self.whole is None:
+                after.copy_(before)
+            else:
+                torch.mul(before, self.whole[j], out=after)
+            after.baddbmm_(keys[j], parts[j])
+        return states
+
+    def backward(
+        self, values: Tensor, inverse: Tensor | None, state: Tensor, d_output: Tensor, d_state: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor]:
+        """Gradients of q, k, v, g and beta, and of the state before the group.
+
+        Args:
+            values: what is written, from `run`.
+            inverse: from `run`.
+            state: (X, K, V), before the group.
+            d_output: (B, T, H, V).
             d_state: (X, K, V), gradient of the state after the group.
         """
-        keys = self.split(self.w_end)
-        d_values = torch.bmm(self.scores[:, :, 0].transpose(1, 2), d_output)
-        parts = self.split(d_values)
+        states = self._states(values, state, None)
+        d_reads = values.new_empty(*self.x.shape[:3], values.shape[2])  # (Y, C, R, V)
+        d_output = self.load(d_output, into=d_reads[:, :, 0]).mul_(self.scale)
+        scores = self.decay.scores(self.x[:, :, :1], self.w)[:, :, 0]  # (Y, C, C)
+        d_values = torch.bmm(scores.transpose(1, 2), d_output)
+        parts, keys = self.split(d_values), self.split(self.w_end)
+        erase = None if inverse is None else self._erase(inverse).transpose(2, 3)  # (J, X, K, C)
         d_states = torch.empty_like(states)
         d_states[-1] = d_state
         d_states[:-1] = self.split(torch.bmm(self.x_start[:, :, 0].transpose(1, 2), d_output))
         for j in reversed(range(len(parts))):
-            parts[j].baddbmm_(keys[j], d_states[j + 1])
+            before, after = d_states[j], d_states[j + 1]
+            parts[j].baddbmm_(keys[j], after)
             if self.whole is None:
-                d_states[j].add_(d_states[j + 1])
+                before.add_(after)
             else:
-                d_states[j].addcmul_(self.whole[j], d_states[j + 1])
-            if self.erase is not None:
-                d_states[j].baddbmm_(self.erase[j].transpose(1, 2), parts[j], alpha=-1)
-        d_reads = d_output[:, :, None]  # (Y, C, R, V)
-        if self.inverse is not None:
-            d_values = torch.bmm(self.inverse.transpose(1, 2), d_values)
-            d_reads = torch.stack([d_output, -d_values], 2)
-        before, after = states[:-1].flatten(0, 1), d_states[1:].flatten(0, 1)  # (Y, K, V)
+                before.addcmul_(self.whole[j], after)
+            if erase is not None:
+                before.baddbmm_(erase[j], parts[j], alpha=-1)
+        if inverse is not None:
+            d_values = torch.bmm(inverse.transpose(1, 2), d_values)
+            d_reads[:, :, 1].copy_(d_values).neg_()
         flat = d_reads.flatten(1, 2)
-        d_scores = torch.bmm(flat, self.values.transpose(1, 2)).view_as(self.scores)
+        d_scores = torch.bmm(flat, values.transpose(1, 2)).view(*self.x.shape[:3], -1)
         # a token's own weight has no decay: it stays out until the gradients of the decays are there
         diagonal = d_scores[:, :, 0].diagonal(dim1=1, dim2=2)
         own = diagonal.clone()[..., None]  # (Y, C, 1)
         diagonal.zero_()
         dx, dw = self.decay.gradients(d_scores, self.x, self.w)
-        dx.add_(self.decay.from_start(torch.bmm(flat, before.transpose(1, 2)).view_as(dx)))
-        d_end = self.decay.to_end(torch.bmm(self.values, after.transpose(1, 2)))  # (Y, C, K)
+        before, after = states[:-1].flatten(0, 1), d_states[1:].flatten(0, 1)  # (Y, K, V)
+        self.decay.add_from_start(dx, torch.bmm(flat, before.transpose(1, 2)).view_as(dx))
+        d_end = self.decay.to_end(torch.bmm(values, after.transpose(1, 2)))  # (Y, C, K)
         dg = None
         if self.decay.whole is not None:
             # what passes a token was read behind it, was written before it, or crosses the whole chunk
@@ -201,10 +231,10 @@ class _Group(Group):
             dg = torch.matmul(later, d_read).add_(torch.matmul(1 - later, d_written)).add_(d_whole[:, None])
         dx[:, :, 0].addcmul_(own, self.w)
         dw.add_(d_end).addcmul_(own, self.x[:, :, 0])
-        dk = dw if self.beta is None else dw * self.beta
-        if self.inverse is not None:
-            dk = dk + dx[:, :, 1]
         d_beta = None if self.beta is None else (dw * self.k).sum(2, keepdim=True)
+        dk = dw if self.beta is None else dw * self.beta
+        if inverse is not None:
+            dk = dk.add_(dx[:, :, 1])
         return dx[:, :, 0], dk, d_values, dg, d_beta, d_states[0]
 
 
@@ -221,32 +251,36 @@ class _GeneralLinearAttention(torch.autograd.Function):
             final = k.new_zeros(len(plan.segments), rows, k.shape[3], v.shape[3], dtype=acc)
         else:
             final = memory.clone()
-        before = []  # states before each group
+        needs_gradient = any(ctx.needs_input_grad)
+        kept: list[Tensor | None] = []  # of each group the state before it, what it writes, and (I + L)^-1
         for m, bounds in plan.groups():
-            before.append(final[m].clone())
-            group = _Group(q, k, v, g, beta, bounds, options)
-            states = group.run(final[m])
-            group.store(output, group.read(states))
-            final[m] = states[-1]
-        ctx.save_for_backward(q, k, v, g, beta, *before)
+            group = _Group(q, k, g, beta, bounds, options)
+            before = final[m].clone()
+            result, values, final[m], inverse = group.run(v, before)
+            group.store(output, result)
+            if needs_gradient:
+                # what the additive rule writes are the values themselves
+                kept += [before, values if options.is_delta else None, inverse]
+        ctx.save_for_backward(q, k, v, g, beta, *kept)
         ctx.plan, ctx.options, ctx.has_memory = plan, options, memory is not None
         return output, final
 
     @staticmethod
     @backward_without_autocast
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, g, beta, *before = ctx.saved_tensors
+        q, k, v, g, beta, *kept = ctx.saved_tensors
         d_output, d_memory = grads[0], grads[1].clone()
         dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
         dg, d_beta = (None if x is None else torch.empty_like(x) for x in (g, beta))
         for n, (m, bounds) in reversed(list(enumerate(ctx.plan.groups()))):
-            group = _Group(q, k, v, g, beta, bounds, ctx.options)
-            states = group.run(before[n])
+            before, values, inverse = kept[3 * n : 3 * n + 3]
+            group = _Group(q, k, g, beta, bounds, ctx.options)
+            values = group.load(v) if values is None else values
             grad_q, grad_k, grad_v, grad_g, grad_beta, d_state = group.backward(
-                states, group.load(d_output), d_memory[m]
+                values, inverse, before, d_output, d_memory[m]
             )
             d_memory[m] = d_state
-            group.store(dq, grad_q * ctx.options.scale)
+            group.store(dq, grad_q)
             group.store(dk, grad_k)
             group.store(dv, grad_v)
             if dg is not None and grad_g is not None:

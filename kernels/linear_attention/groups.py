@@ -11,7 +11,7 @@ from torch import Tensor
 # heads of a group, J chunks of a sequence in a group, X rows times heads, C chunk length
 
 _MAX_CHUNK = 128
-_GROUP_ELEMENTS = 2**17
+_GROUP_ELEMENTS = 2**18
 
 
 class Plan(NamedTuple):
@@ -61,15 +61,21 @@ class Group:
         self.acc = torch.float64 if like.dtype == torch.float64 else torch.float32
         self.sizes = (-(-(t1 - t0) // chunk_size), like.shape[0], like.shape[2])  # J, B, H
 
-    def load(self, x: Tensor) -> Tensor:
-        """The group's tokens of (B, T, H, D) as (Y, C, D), zeros (which change no state) behind the last."""
+    def load(self, x: Tensor, into: Tensor | None = None) -> Tensor:
+        """The group's tokens of (B, T, H, D) as (Y, C, D), zeros (which change no state) behind the last.
+
+        They are copied into `into` where that is given.
+        """
         t0, t1, chunk_size = self.bounds
         num_chunks = self.sizes[0]
         part = x[:, t0:t1]
         if num_chunks * chunk_size > t1 - t0:
             part = F.pad(part, (0, 0, 0, 0, 0, num_chunks * chunk_size - (t1 - t0)))
         part = part.unflatten(1, (num_chunks, chunk_size)).permute(1, 0, 3, 2, 4)  # (J, B, H, C, D)
-        return part.to(self.acc).contiguous().flatten(0, 2)
+        if into is None:
+            return part.to(self.acc, memory_format=torch.contiguous_format).flatten(0, 2)
+        into.unflatten(0, self.sizes).copy_(part)
+        return into
 
     def store(self, target: Tensor, x: Tensor) -> None:
         """Write (Y, C, D) to the group's tokens of `target` (B, T, H, D)."""
