@@ -20,6 +20,7 @@ from .linear_cross_entropy import linear_cross_entropy, linear_divergence
 from .mlstm import MLSTMState, mlstm
 from .selective_scan import selective_scan
 from .taylor_attention import taylor_attention
+from .titans import TitansState, titans
 from .ttt import TTTState, ttt
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "MLSTMState",
     "SlotState",
     "TTTState",
+    "TitansState",
     "attention",
     "available_backends",
     "causal_conv",
@@ -49,6 +51,7 @@ __all__ = [
     "selective_scan",
     "sequence_lengths",
     "taylor_attention",
+    "titans",
     "ttt",
     "unpack_fast_weights",
     "use_backend",

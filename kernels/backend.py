@@ -30,6 +30,7 @@ OPERATIONS: dict[str, tuple[str, ...]] = {
     "mlstm": ("reference", "torch"),
     "selective_scan": ("reference", "torch", "mamba_ssm"),
     "taylor_attention": ("reference", "torch", "triton"),
+    "titans": ("reference", "torch"),
     "ttt": ("reference", "torch"),
 }
 _EXTERNAL_MODULES = {
@@ -73,7 +74,7 @@ def available_backends(op: str) -> tuple[str, ...]:
     Args:
         op: name of an operation: "attention", "causal_conv", "decode_attention", "fast_weight_scan",
             "gated_slot_attention", "linear_attention", "linear_cross_entropy", "linear_divergence", "mlstm",
-            "selective_scan", "taylor_attention" or "ttt".
+            "selective_scan", "taylor_attention", "titans" or "ttt".
 
     Returns:
         Names, "reference" first. External kernels are listed only when they import and CUDA is available.

@@ -25,6 +25,7 @@ from .parallel import Parallel, ParallelConfig
 from .presets import PRESETS
 from .sequential import Sequential, SequentialConfig
 from .sliding_window import SlidingWindowAttention, SlidingWindowConfig
+from .titans import Titans, TitansConfig
 from .ttt import TTTMLP, TTTLinear, TTTLinearConfig, TTTMLPConfig
 
 SmallConfigs = tuple[Mapping[str, Any], Mapping[str, Any]]
@@ -176,6 +177,7 @@ register_mixer("mlstm", MLSTM, MLSTMConfig)
 register_mixer("parallel", Parallel, ParallelConfig)
 register_mixer("sequential", Sequential, SequentialConfig)
 register_mixer("sliding_window", SlidingWindowAttention, SlidingWindowConfig)
+register_mixer("titans", Titans, TitansConfig)
 register_mixer("ttt_linear", TTTLinear, TTTLinearConfig)
 register_mixer("ttt_mlp", TTTMLP, TTTMLPConfig)
 for _name, _preset in PRESETS.items():

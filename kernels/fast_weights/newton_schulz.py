@@ -24,6 +24,7 @@ def newton_schulz(
     *,
     coefficients: Sequence[tuple[float, float, float]] = LACT_COEFFICIENTS,
     eps: float = 1e-7,
+    floor: float = 0.0,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Brings the singular values of matrices near 1 and leaves their directions.
@@ -37,6 +38,7 @@ def newton_schulz(
         steps: how often.
         coefficients: (a, b, c) of each step, at least `steps`, or one triple for all steps.
         eps: added to the Frobenius norm.
+        floor: what the Frobenius norm is raised to where it is smaller; with eps 0 as in the code of Titans.
         dtype: in which the products are made, default that of `matrices`. The published code uses bfloat16,
             which differs by several percent.
 
@@ -60,7 +62,8 @@ def newton_schulz(
     x = matrices if dtype is None else matrices.to(dtype)
     is_tall = x.shape[-2] > x.shape[-1]
     x = x.mT if is_tall else x
-    x = x / (torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True) + eps)
+    norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)
+    x = x / ((norm.clamp(min=floor) if floor else norm) + eps)
     for a, b, c in coefficients[:steps]:
         gram = x @ x.mT
         x = a * x + (b * gram + c * (gram @ gram)) @ x
