@@ -21,6 +21,7 @@ from memzoo.kernels import (
     LinearState,
     MLSTMState,
     SlotState,
+    TitansState,
     TTTState,
     attention,
     causal_conv,
@@ -34,6 +35,7 @@ from memzoo.kernels import (
     mlstm,
     selective_scan,
     taylor_attention,
+    titans,
     ttt,
 )
 from memzoo.kernels.taylor_attention import num_features
@@ -334,6 +336,57 @@ def _ttt(
         return {"output": out, **dict(found)}
 
     return Case("ttt", name, make, call, ("rate", "reader_rate", *(part for part, _ in parts)))
+
+
+# ------------------------------------------------------------------ Titans
+
+
+def _titans(
+    name: str,
+    *,
+    tokens: int = 0,
+    lengths: Sequence[int] | None = None,
+    positions: tuple[int, ...] = (0, 0),
+    heads: int = 2,
+    width: int = 16,
+    hidden: int = 24,
+    **options: Any,
+) -> Case:
+    num_rows, num_tokens, num_sequences = _rows(lengths, len(positions), tokens)
+    shapes = [(1, width), (width, hidden), (hidden, width)]
+    kinds = ["weights", "base", "momentum"] + ([] if options.get("per_token") else ["pending"])
+    parts = [(f"{kind} {i}", shape) for kind in kinds for i, shape in enumerate(shapes)]
+    sums = () if options.get("per_token") else ("sums",)
+
+    def make(generator: torch.Generator) -> Tensors:
+        tokens_of = (num_rows, num_tokens, heads)
+        made = {key: _randn(generator, *tokens_of, width) for key in ("q", "k", "v")}
+        made |= {"rate": _randn(generator, *tokens_of).abs() / 16, "gates": _randn(generator, *tokens_of, 2)}
+        for part, shape in parts:
+            scale = 4 if part.startswith(("weights", "base")) else 16
+            made[part] = _randn(generator, num_sequences, heads, *shape) / scale
+        return made | {key: _randn(generator, num_sequences, heads, 2) for key in sums}
+
+    def call(tensors: Tensors, backend: str) -> Tensors:
+        nets = {
+            kind: tuple(tensors[part] for part, _ in parts if part.startswith(kind))
+            for kind in ("weights", "base", "momentum", "pending")
+        }
+        out, state = titans(
+            **{key: tensors[key] for key in ("q", "k", "v", "rate", "gates")},
+            state=TitansState(**nets, gates=tensors.get("sums"), position=positions),
+            chunk_size=8,
+            return_state=True,
+            cu_seqlens=_bounds(lengths),
+            backend=backend,
+            **options,
+        )
+        assert state is not None
+        flat = (*state.weights, *state.base, *state.momentum, *state.pending)
+        found = dict(zip((part for part, _ in parts), flat, strict=True))
+        return {"output": out, **found} | ({} if state.gates is None else {"sums": state.gates})
+
+    return Case("titans", name, make, call, ("rate", "gates", *sums, *(part for part, _ in parts)))
 
 
 # ------------------------------------------------------------------ mLSTM
@@ -769,6 +822,10 @@ CASES: tuple[Case, ...] = (
     _ttt("linear net, packed, open mini-batches", lengths=(17, 0, 1, 20), positions=(0, 3, 7, 5)),
     _ttt("net with a hidden layer", tokens=37, hidden=24, positions=(2, 2)),
     _ttt("one token", tokens=1, positions=(7, 3)),
+    _titans("gates per chunk", tokens=37, positions=(2, 2)),
+    _titans("moving base, packed", lengths=(17, 0, 1, 20), positions=(0, 3, 7, 5), rebase_size=16),
+    _titans("gates per token", tokens=37, positions=(2, 2), per_token=True),
+    _titans("gates per token, one token", tokens=1, positions=(7, 3), per_token=True),
     _scan("plain", tokens=70),
     _scan("groups, skip and gate", tokens=33, groups=3, with_gate=True),
     _scan("one token, state", tokens=1, with_state=True),

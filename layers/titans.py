@@ -12,8 +12,8 @@ gradients are taken at the first net, or at M as it was at the last multiple of 
 `gates="token"` it is that of the paper's text: gates per token, the loss summed over channels, every token
 reads M_t with its own write, gradients at M as the last chunk left it.
 
-State: M, the net of the gradients, S and what the open chunk has written, float32; with a convolution its last
-inputs. Constant.
+State: M, the net of the gradients, S and what the open chunk has written, float32; with a convolution its
+last inputs. Constant.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ from .parts.projection import init_projections, projection_flops
 from .parts.short_conv import ShortConv
 from .parts.state_space import check_booleans, is_number, undecayed
 
-# Dimensions: B batch, T tokens, N sequences, H heads, F head width, G hidden width, P numbers of a head's net,
-# D model width, K taps
+# Dimensions: B batch, T tokens, N sequences, H heads, F head width, P numbers of a head's net, D model width,
+# K taps
 
 RATE_BIAS = -2.0  # first rates near max_lr / 8
 DECAY_BIAS = -4.0  # first decays near 0.02
@@ -66,8 +66,8 @@ class TitansConfig(MixerConfig):
         depth: matrices of the net.
         expansion: hidden width of the net, in head widths.
         max_lr: the highest rate.
-        max_grad_norm: bound that the norm of what a chunk writes into a matrix is softly drawn in to; None for
-            none. Only with gates per chunk.
+        max_grad_norm: soft bound on the norm of what a chunk writes into a matrix; None for none. Only with
+            gates per chunk.
         orthogonalize: write the momentum's matrices with singular values near 1. Only with gates per chunk.
         qk_norm: "rms" for RMS norms of queries and keys with a gain, "l2" for unit length, "none".
         out_norm: an RMS norm with a gain over the output of every head.
@@ -201,7 +201,8 @@ class Titans(TokenMixer):
             self.conv.init_weights()
         self.store_norm.reset_parameters()
         self.retrieve_norm.reset_parameters()
-        for gain in (self.q_gain, self.k_gain, self.out_gain, self.gain):
+        for name in ("q_gain", "k_gain", "out_gain", "gain"):
+            gain = getattr(self, name)
             if gain is not None:
                 nn.init.zeros_(gain)
         for name in self.names[1:]:
@@ -293,15 +294,18 @@ class Titans(TokenMixer):
         return max(self.config.chunk_size, self.config.batch_size or 1, self.config.conv_size)
 
     def flops_per_token(self, num_tokens: int) -> int:
-        """Projections; per matrix of the net one pass of keys, one of queries, one gradient and the way back
-        through every matrix but the first. With gates per token, queries also pass the momentum.
+        """Projections; per matrix of the net one pass of keys, one of queries, and the way back through every
+        matrix but the first; a token's share of the Newton-Schulz steps.
         """
         c = self.config
         linears = (self.q_proj, self.k_proj, self.v_proj, self.o_proj, self.gate_proj)
         gates = (self.rate_proj, self.decay_proj, self.momentum_proj)
         maps = [rows * columns for rows, columns in c.net_shapes[1:]]
-        passes = 4 if c.gates == "token" and c.use_momentum else 3
-        return projection_flops(*linears, *gates) + 2 * c.num_heads * (passes * sum(maps) + sum(maps[1:]))
+        products = 2 * sum(maps) + sum(maps[1:])
+        if c.orthogonalize:
+            sides = [sorted(shape) for shape in c.net_shapes[1:]]
+            products += 5 * sum(2 * a * a * b + a**3 for a, b in sides) // c.chunk_size
+        return projection_flops(*linears, *gates) + 2 * c.num_heads * products
 
     @classmethod
     def small_configs(cls) -> tuple[Mapping[str, Any], Mapping[str, Any]]:

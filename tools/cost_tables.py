@@ -93,6 +93,8 @@ SUBJECTS: dict[str, list[tuple[str, dict[str, Any]]]] = {
         FULL,
         ("`ttt_linear`", {"type": "ttt_linear", **HEADS}),
         ("`ttt_mlp`", {"type": "ttt_mlp", **HEADS}),
+        ("`titans`", {"type": "titans", **HEADS}),
+        ("`titans`, gates per token", {"type": "titans", **HEADS, "gates": "token"}),
     ],
     "composites": [
         FULL,

@@ -42,10 +42,10 @@ def titans(
         S_j = e_j S_{j-1} - sum over chunk j of rate_t * gradient of loss_t
         M_j = (1 - a_j) M_{j-1} + S_j,   (a_j, e_j) = sigmoid(mean of the gates' logits over chunk j)
 
-    The last token of a chunk reads M_j, all before it M_{j-1}. Gradients are taken at the first net throughout,
-    or, with a rebase size, at the net as it was at the last multiple of it: so M is linear in what is written.
-    With `per_token`, S and M step at every token with its own gates, every token reads what it wrote itself,
-    and gradients are taken at the net as the last chunk left it (the form of the paper's text).
+    The last token of a chunk reads M_j, all before it M_{j-1}. Gradients are taken at the first net
+    throughout, or, with a rebase size, at the net as it was at the last multiple of it. With `per_token`, S
+    and M step at every token with its own gates, every token reads what it wrote itself, and gradients are
+    taken at the net as the last chunk left it (the form of the paper's text).
 
     Chunks lie on the token grid of each sequence, so a call may begin and end anywhere inside one. Sums are
     float32 (float64 for float64 input).
@@ -54,8 +54,8 @@ def titans(
         q, k, v: (B, T, H, F); T = 0 is allowed.
         rate: (B, T, H), of the gradients.
         gates: (B, T, H, 2), logits of decay a and momentum e.
-        state: nets and what is pending, one row per sequence; for an empty memory the learned net twice, zeros
-            and position 0.
+        state: nets and what is pending, one row per sequence; for an empty memory the learned net twice,
+            zeros and position 0.
         chunk_size: C.
         rebase_size: tokens between two changes of the net at which gradients are taken, a multiple of C; None
             for no change.
@@ -110,8 +110,8 @@ def check_rule(rule: Rule) -> None:
         raise ValueError(f"chunk_size must be at least 1, got {rule.chunk_size}.")
     if rule.rebase_size is not None and (rule.rebase_size < 1 or rule.rebase_size % rule.chunk_size):
         raise ValueError(
-            f"rebase_size must be a multiple of chunk_size {rule.chunk_size}, got {rule.rebase_size}. Use None "
-            "to take all gradients at the first net."
+            f"rebase_size must be a multiple of chunk_size {rule.chunk_size}, got {rule.rebase_size}. "
+            "Use None to take all gradients at the first net."
         )
     if not 0 < rule.loss_scale < float("inf"):
         raise ValueError(f"loss_scale must be a finite number above 0, got {rule.loss_scale}.")
@@ -119,11 +119,10 @@ def check_rule(rule: Rule) -> None:
         raise ValueError(
             f"max_grad_norm must be a finite number above 0, got {rule.max_grad_norm}. Use None for no bound."
         )
-    if rule.per_token and (
-        rule.rebase_size is not None or rule.max_grad_norm is not None or rule.orthogonalize
-    ):
+    has_more = rule.rebase_size is not None or rule.max_grad_norm is not None or rule.orthogonalize
+    if rule.per_token and has_more:
         raise ValueError(
-            "with gates per token, gradients are taken at the start of every chunk and written token by token; "
+            "with gates per token, gradients are taken at the start of every chunk and written one by one; "
             f"got rebase_size {rule.rebase_size}, max_grad_norm {rule.max_grad_norm} and orthogonalize "
             f"{rule.orthogonalize}. Leave them out, or use gates per chunk."
         )

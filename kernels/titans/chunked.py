@@ -2,14 +2,14 @@
 
 With gates per chunk, the gradients of a chunk make one sum and the net takes one step where the chunk ends.
 
-With gates per token, every token reads a net of its own, which no one makes: with a = 1 - decay, e = momentum
-and s <= t, the net after token t is
+With gates per token, every token reads a net of its own, which is never made: with a = 1 - decay and
+e = momentum, the net after token t is
 
     M_t = (a_1 ... a_t) M_0 + R_t S_0 - sum_{i <= t} C_ti rate_i grad_i
     C_ti = sum_{s = i..t} (a_{s+1} ... a_t) (e_{i+1} ... e_s),   R_t likewise with e_1 ... e_s
 
-and grad_i of a matrix is an outer product X_i^T G_i, so that a row x read by it costs products of tokens only,
-x M_t = ... - sum_i C_ti rate_i (x . X_i) G_i.
+and grad_i of a matrix is an outer product X_i^T G_i, so that to apply it to a row x takes products of tokens
+only: x M_t = ... - sum_i C_ti rate_i (x . X_i) G_i.
 
 The backward pass runs chunks again (`memzoo.kernels.grid_scan`).
 """

@@ -49,7 +49,7 @@ def titans_reference(
 
 
 def _after(state: TitansState, token: Tensors, rule: Rule) -> TitansState:
-    """State of one sequence after one token: keys and values (H, F), rate (H,), logits of the gates (H, 2)."""
+    """State of one sequence after one token: key and value (H, F), rate (H,), gates (H, 2)."""
     key, value, rate, logits = token
     place = state.position[0] + 1
     is_full = place % rule.chunk_size == 0
