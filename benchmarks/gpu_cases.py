@@ -824,7 +824,7 @@ CASES: tuple[Case, ...] = (
     _ttt("one token", tokens=1, positions=(7, 3)),
     _titans("gates per chunk", tokens=37, positions=(2, 2)),
     _titans("moving base, packed", lengths=(17, 0, 1, 20), positions=(0, 3, 7, 5), rebase_size=16),
-    _titans("gates per token", tokens=37, positions=(2, 2), per_token=True),
+    _titans("gates per token", tokens=37, positions=(2, 2), per_token=True, loss_scale=1 / 16),
     _titans("gates per token, one token", tokens=1, positions=(7, 3), per_token=True),
     _scan("plain", tokens=70),
     _scan("groups, skip and gate", tokens=33, groups=3, with_gate=True),
