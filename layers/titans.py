@@ -327,7 +327,7 @@ class Titans(TokenMixer):
                 "head_dim": 5,
                 "chunk_size": 4,
                 "gates": "token",
-                "expansion": 1.5,
+                "depth": 1,
                 "max_lr": 0.2,
                 "qk_norm": "l2",
                 "conv_size": 3,
