@@ -18,6 +18,7 @@ last inputs. Constant.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -48,7 +49,6 @@ from .parts.state_space import check_booleans, is_number, undecayed
 # K taps
 
 RATE_BIAS = -2.0  # first rates near max_lr / 8
-DECAY_BIAS = -4.0  # first decays near 0.02
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +66,7 @@ class TitansConfig(MixerConfig):
         depth: matrices of the net.
         expansion: hidden width of the net, in head widths.
         max_lr: the highest rate.
+        decay_init: share of the net that a chunk (a token, with gates per token) forgets at first.
         max_grad_norm: soft bound on the norm of what a chunk writes into a matrix; None for none. Only with
             gates per chunk.
         orthogonalize: write the momentum's matrices with singular values near 1. Only with gates per chunk.
@@ -85,6 +86,7 @@ class TitansConfig(MixerConfig):
     depth: int = 2
     expansion: float = 4.0
     max_lr: float = 1.0
+    decay_init: float = 0.02
     max_grad_norm: float | None = None
     orthogonalize: bool = False
     qk_norm: str = "none"
@@ -112,8 +114,10 @@ class TitansConfig(MixerConfig):
                 continue
             if not is_number(value) or not 0 < value < float("inf"):
                 raise ValueError(f"{name} must be a finite number above 0, got {value!r}.")
-        if not is_number(self.norm_eps) or not 0 < self.norm_eps < 1:
-            raise ValueError(f"norm_eps must be between 0 and 1, got {self.norm_eps!r}.")
+        for name in ("decay_init", "norm_eps"):
+            value = getattr(self, name)
+            if not is_number(value) or not 0 < value < 1:
+                raise ValueError(f"{name} must be between 0 and 1, got {value!r}.")
         if self.batch_size is not None and self.batch_size % self.chunk_size:
             raise ValueError(
                 f"batch_size must be a multiple of chunk_size {self.chunk_size}, got {self.batch_size}."
@@ -192,11 +196,12 @@ class Titans(TokenMixer):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """Projections N(0, 0.02), small first rates and decays, nets uniform as Glorot's, gains at one."""
+        """Projections N(0, 0.02), first rates small, decays at `decay_init`, nets as Glorot's, gains at 1."""
         init_projections(self.q_proj, self.k_proj, self.v_proj, self.o_proj, self.gate_proj)
         init_projections(self.rate_proj, self.decay_proj, self.momentum_proj)
         nn.init.constant_(self.rate_proj.bias, RATE_BIAS)
-        nn.init.constant_(self.decay_proj.bias, DECAY_BIAS)
+        decay = self.config.decay_init
+        nn.init.constant_(self.decay_proj.bias, math.log(decay / (1 - decay)))
         if self.conv is not None:
             self.conv.init_weights()
         self.store_norm.reset_parameters()
@@ -317,7 +322,10 @@ class Titans(TokenMixer):
                 "chunk_size": 3,
                 "batch_size": 6,
                 "expansion": 2.0,
-                "max_grad_norm": 1.0,
+                # a net that forgets as fast as it learns turns rounding into errors above the bound
+                "max_lr": 0.1,
+                "decay_init": 0.001,
+                "max_grad_norm": 0.2,
                 "qk_norm": "rms",
                 "out_norm": True,
             },
@@ -327,8 +335,9 @@ class Titans(TokenMixer):
                 "head_dim": 5,
                 "chunk_size": 4,
                 "gates": "token",
-                "depth": 1,
-                "max_lr": 0.2,
+                "expansion": 2.0,
+                "max_lr": 0.02,
+                "decay_init": 0.001,
                 "qk_norm": "l2",
                 "conv_size": 3,
             },
