@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from memzoo.kernels import (
+    DecayPrefix,
     FastWeightState,
     KVPrefix,
     LinearState,
@@ -25,6 +26,7 @@ from memzoo.kernels import (
     TTTState,
     attention,
     causal_conv,
+    decayed_attention,
     decode_attention,
     fast_weight_scan,
     fast_weight_shapes,
@@ -34,6 +36,7 @@ from memzoo.kernels import (
     linear_divergence,
     mlstm,
     selective_scan,
+    soft_cache_size,
     taylor_attention,
     titans,
     ttt,
@@ -661,6 +664,64 @@ def _decode(
     return Case("decode_attention", name, make, call)
 
 
+# ------------------------------------------------------------------ keys that fade
+
+
+def _decayed(
+    name: str,
+    *,
+    tokens: int = 0,
+    lengths: Sequence[int] | None = None,
+    form: str = "age",
+    heads: int = 4,
+    kv_heads: int = 2,
+    width: int = 32,
+    seen: Sequence[int] | None = None,
+    slots: int = 0,
+) -> Case:
+    num_rows, num_tokens, num_sequences = _rows(lengths, 2, tokens)
+    num_seen = torch.tensor(seen or [0] * num_sequences)
+    decays = heads if form == "sum" else kv_heads
+
+    def make(generator: torch.Generator) -> Tensors:
+        made = {}
+        for prefix, rows, count in (("", num_rows, num_tokens), ("past ", num_sequences, slots)):
+            for kind in ("k", "v"):
+                made[prefix + kind] = _randn(generator, rows, count, kv_heads, width)
+            made[prefix + "log_decay"] = -_randn(generator, rows, count, decays).abs() / 16
+        empty = num_seen[:, None] - slots + torch.arange(slots) < 0  # (N, P)
+        for kind in ("k", "v", "log_decay"):
+            made[f"past {kind}"][empty] = float("nan")
+        return made | {"q": _randn(generator, num_rows, num_tokens, heads, width)}
+
+    def call(tensors: Tensors, backend: str) -> Tensors:
+        past = [tensors[f"past {kind}"] for kind in ("k", "v", "log_decay")]
+        own = {kind: tensors[kind] for kind in ("q", "k", "v", "log_decay")}
+        return {
+            "output": decayed_attention(
+                **own,
+                form=form,
+                prefix=None if seen is None else DecayPrefix(*past, num_seen),
+                cu_seqlens=_bounds(lengths),
+                backend=backend,
+            )
+        }
+
+    return Case("decayed_attention", name, make, call, ("log_decay", "past log_decay"))
+
+
+def _cache_size(name: str, *, tokens: int = 0, lengths: Sequence[int] | None = None, heads: int = 3) -> Case:
+    num_rows, num_tokens, _ = _rows(lengths, 2, tokens)
+
+    def make(generator: torch.Generator) -> Tensors:
+        return {"log_retention": -_randn(generator, num_rows, num_tokens, heads).abs() / 8}
+
+    def call(tensors: Tensors, backend: str) -> Tensors:
+        return {"size": soft_cache_size(**tensors, cu_seqlens=_bounds(lengths), backend=backend)}
+
+    return Case("soft_cache_size", name, make, call, ("log_retention",))
+
+
 # ------------------------------------------------------------------ losses of a linear head
 
 
@@ -812,6 +873,12 @@ CASES: tuple[Case, ...] = (
     _decode("many slots", slots=200, width=64, value_width=64),
     _decode("grouped heads, odd widths", slots=65, heads=6, kv_heads=2, width=40, value_width=24),
     _decode("invalid slots, statistics", slots=70, heads=4, kv_heads=1, ragged=True, stats=True),
+    _decayed("per key", tokens=70),
+    _decayed("per key, prefix, packed", lengths=(10, 0, 33, 1), seen=(0, 3, 40, 7), slots=40),
+    _decayed("per token", tokens=70, form="sum"),
+    _decayed("per token, prefix", tokens=21, form="sum", heads=3, kv_heads=3, seen=(5, 9), slots=9),
+    _cache_size("dense", tokens=150),
+    _cache_size("packed", lengths=(70, 0, 1, 64, 20), heads=2),
     _cross_entropy("all labelled", positions=70, vocab=101, ignored=0.0, chunk_size=70),
     _cross_entropy("few labelled, small chunks", positions=130, vocab=101, ignored=0.8, chunk_size=7),
     _cross_entropy("none labelled", positions=20, vocab=10, ignored=1.1, chunk_size=16),

@@ -3,6 +3,7 @@
 from .attention import AttentionOutput, KVPrefix, attention, decode_attention
 from .backend import available_backends, use_backend
 from .causal_conv import causal_conv
+from .decayed_attention import DecayPrefix, decayed_attention
 from .fast_weights import (
     FastWeightOptions,
     FastWeightState,
@@ -18,6 +19,7 @@ from .layout import ChunkLayout, sequence_lengths
 from .linear_attention import LinearState, linear_attention
 from .linear_cross_entropy import linear_cross_entropy, linear_divergence
 from .mlstm import MLSTMState, mlstm
+from .retention import soft_cache_size
 from .selective_scan import selective_scan
 from .taylor_attention import taylor_attention
 from .titans import TitansState, titans
@@ -26,6 +28,7 @@ from .ttt import TTTState, ttt
 __all__ = [
     "AttentionOutput",
     "ChunkLayout",
+    "DecayPrefix",
     "FastWeightOptions",
     "FastWeightState",
     "KVPrefix",
@@ -37,6 +40,7 @@ __all__ = [
     "attention",
     "available_backends",
     "causal_conv",
+    "decayed_attention",
     "decode_attention",
     "empty_fast_weights",
     "fast_weight_scan",
@@ -50,6 +54,7 @@ __all__ = [
     "newton_schulz",
     "selective_scan",
     "sequence_lengths",
+    "soft_cache_size",
     "taylor_attention",
     "titans",
     "ttt",

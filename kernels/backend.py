@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 OPERATIONS: dict[str, tuple[str, ...]] = {
     "attention": ("reference", "torch", "sdpa", "flash_attn"),
     "causal_conv": ("reference", "torch"),
+    "decayed_attention": ("reference", "torch"),
     "decode_attention": ("reference", "torch"),
     "fast_weight_scan": ("reference", "torch"),
     "gated_slot_attention": ("reference", "torch", "fla"),
@@ -29,6 +30,7 @@ OPERATIONS: dict[str, tuple[str, ...]] = {
     "linear_divergence": ("reference", "torch"),
     "mlstm": ("reference", "torch"),
     "selective_scan": ("reference", "torch", "mamba_ssm"),
+    "soft_cache_size": ("reference", "torch", "triton"),
     "taylor_attention": ("reference", "torch", "triton"),
     "titans": ("reference", "torch"),
     "ttt": ("reference", "torch"),
@@ -72,9 +74,10 @@ def available_backends(op: str) -> tuple[str, ...]:
     """Backends of one operation that this machine can run.
 
     Args:
-        op: name of an operation: "attention", "causal_conv", "decode_attention", "fast_weight_scan",
-            "gated_slot_attention", "linear_attention", "linear_cross_entropy", "linear_divergence", "mlstm",
-            "selective_scan", "taylor_attention", "titans" or "ttt".
+        op: name of an operation: "attention", "causal_conv", "decayed_attention", "decode_attention",
+            "fast_weight_scan", "gated_slot_attention", "linear_attention", "linear_cross_entropy",
+            "linear_divergence", "mlstm", "selective_scan", "soft_cache_size", "taylor_attention", "titans" or
+            "ttt".
 
     Returns:
         Names, "reference" first. External kernels are listed only when they import and CUDA is available.

@@ -143,6 +143,7 @@ def decode_attention(
     v: Tensor,
     *,
     valid: Tensor | None = None,
+    bias: Tensor | None = None,
     scale: float | None = None,
     return_stats: bool = False,
     backend: str = "auto",
@@ -155,7 +156,8 @@ def decode_attention(
         v: (N, S, Hkv, E).
         valid: (N, S) bool, True where a slot counts; None when all do. Each sequence needs one valid slot.
             What lies in the others is never read.
-        scale: factor on the logits, default D ** -0.5.
+        bias: (N, S, H) added to the scaled logits of each query head, float32 (float64 for float64 input).
+        scale: factor on the products, default D ** -0.5.
         return_stats: also return the log-sum-exp and the maximum of the logits.
         backend: "auto", "reference" or "torch".
 
@@ -181,13 +183,19 @@ def decode_attention(
             f"valid must be a bool tensor of shape {tuple(k.shape[:2])}, got {valid.dtype} of shape "
             f"{tuple(valid.shape)}."
         )
+    acc = torch.float64 if q.dtype == torch.float64 else torch.float32
+    if bias is not None and (bias.shape != (*k.shape[:2], q.shape[2]) or bias.dtype != acc):
+        raise ValueError(
+            f"bias must be {acc} of shape {(*k.shape[:2], q.shape[2])}, got {bias.dtype} of shape "
+            f"{tuple(bias.shape)}."
+        )
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     chosen = choose_backend("decode_attention", backend, ("torch",))
     with without_autocast(q.device):
         if chosen == "reference":
-            result = decode_attention_reference(q, k, v, valid, scale=scale)
+            result = decode_attention_reference(q, k, v, valid, bias, scale=scale)
             return result if return_stats else AttentionOutput(result.output, None, None)
-        return decode_attention_torch(q, k, v, valid, scale=scale, return_stats=return_stats)
+        return decode_attention_torch(q, k, v, valid, bias, scale=scale, return_stats=return_stats)
 
 
 def _check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:

@@ -1,9 +1,7 @@
 """Softmax attention in blocks of queries: plain matmul and softmax on the keys a block can see.
 
-A *tile* is one block of queries and one contiguous range of key slots (plus the sink slots in front of it).
-Every form of the call (window or not, sinks, carried prefix, packed rows) becomes a list of tiles of plain
-integers, so empty slots are never touched and no position tensor is needed. Scores of one tile are alive at a
-time, in the backward pass too, where they are computed again: memory is O(T), time is O(T (C + W)).
+Every form of the call becomes a list of tiles (tiles.py). Scores of one tile are alive at a time, in the
+backward pass too, where they are computed again: memory is O(T), time is O(T (C + W)).
 """
 
 from collections.abc import Callable, Sequence
@@ -14,44 +12,11 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from ..autograd import backward_without_autocast
+from .tiles import Masks, Tile, add_columns, lay_out_dense, lay_out_ragged, make_tiles, tile_limits
 from .types import AttentionOutput, KVPrefix
 
 # Dimensions: B batch, T tokens, N sequences, P prefix slots, S key slots, H query heads, G query heads per
 # key head, D key width, E value width, R rows of heads (B * Hkv), C queries of a tile, J keys of a tile
-
-
-class _Segment(NamedTuple):
-    """One sequence (or all equal rows of a dense batch): where its queries and keys lie."""
-
-    rows: int  # rows of heads that share this geometry
-    q_start: int
-    length: int
-    key_start: int
-    num_sinks: int  # sink slots in front that the rest of the key slots do not hold
-    first_position: int  # position of the first slot behind those
-    num_seen: int
-
-
-class _Tile(NamedTuple):
-    """Queries q0..q1 against sink slots s0..s0+num_sinks and key slots k0..k1, on rows r0..r1 of heads."""
-
-    r0: int
-    r1: int
-    q0: int
-    q1: int
-    s0: int
-    num_sinks: int
-    k0: int
-    k1: int
-    offset: int  # position of the first query minus position of key slot k0
-    num_kept: int  # leading key slots that are sinks: never too old
-
-    def columns(self, x: Tensor) -> Tensor:
-        """The keys (or values) of this tile: (R, S, D) -> (r1 - r0, J, D)."""
-        if self.num_sinks == 0 or self.s0 + self.num_sinks == self.k0:
-            return x[self.r0 : self.r1, self.k0 - self.num_sinks : self.k1]
-        sinks = x[self.r0 : self.r1, self.s0 : self.s0 + self.num_sinks]
-        return torch.cat([sinks, x[self.r0 : self.r1, self.k0 : self.k1]], dim=1)
 
 
 def attention_torch(
@@ -79,8 +44,8 @@ def attention_torch(
         keys, values, segments = lay_out_dense(k, v, seen[0] if seen else 0, num_sinks, prefix)
     # on the meta device the work is only imagined: as that of this machine
     on_cpu = q.device.type == "cpu" or (q.is_meta and not torch.cuda.is_available())
-    limits = _tile_limits(window_size, on_cpu)
-    tiles = _make_tiles(segments, num_heads // num_kv_heads, window_size, window_grid, num_sinks, limits)
+    limits = tile_limits(window_size, on_cpu)
+    tiles = make_tiles(segments, num_heads // num_kv_heads, window_size, window_grid, num_sinks, limits)
     if window_grid is not None:
         window_size = None  # a tile lies in one cell of the grid: every key it holds is young enough
     # (B, T, H, D) -> (R, G, T, D) and (B, S, Hkv, D) -> (R, S, D)
@@ -105,180 +70,10 @@ def attention_torch(
     return AttentionOutput(to_heads(output), to_heads(lse), to_heads(row_max))
 
 
-def _past_slots(prefix: KVPrefix | None, num_seen: int, num_sinks: int) -> tuple[int, int]:
-    """Sink slots whose positions the prefix slots do not hold, and filled prefix slots: how many."""
-    if prefix is None:
-        return 0, 0
-    num_filled = min(prefix.k.shape[1], num_seen)
-    sink_slots = 0 if prefix.sink_k is None else prefix.sink_k.shape[1]
-    return min(sink_slots, num_sinks, num_seen - num_filled), num_filled
-
-
-def lay_out_dense(
-    k: Tensor, v: Tensor, num_seen: int, num_sinks: int, prefix: KVPrefix | None
-) -> tuple[Tensor, Tensor, list[_Segment]]:
-    """Key slots (B, S, Hkv, D) of a batch whose rows have all read `num_seen` tokens."""
-    rows = k.shape[0] * k.shape[2]
-    if prefix is None:
-        return k, v, [_Segment(rows, 0, k.shape[1], 0, 0, 0, 0)]
-    num_extra, num_filled = _past_slots(prefix, num_seen, num_sinks)
-    first_slot = prefix.k.shape[1] - num_filled
-    key_parts, value_parts = [prefix.k[:, first_slot:], k], [prefix.v[:, first_slot:], v]
-    if num_extra and prefix.sink_k is not None and prefix.sink_v is not None:
-        key_parts.insert(0, prefix.sink_k[:, :num_extra])
-        value_parts.insert(0, prefix.sink_v[:, :num_extra])
-    segment = _Segment(rows, 0, k.shape[1], 0, num_extra, num_seen - num_filled, num_seen)
-    return torch.cat(key_parts, 1), torch.cat(value_parts, 1), [segment]
-
-
-def lay_out_ragged(
-    k: Tensor,
-    v: Tensor,
-    lengths: tuple[int, ...],
-    seen: list[int],
-    num_sinks: int,
-    prefix: KVPrefix | None,
-) -> tuple[Tensor, Tensor, list[_Segment]]:
-    """Key slots (1, S, Hkv, D) of sequences one after the other, each: sinks, filled prefix, own tokens."""
-    num_sequences, rows = len(lengths), k.shape[2]
-    num_slots = 0 if prefix is None else prefix.k.shape[1]
-    max_sinks = 0 if prefix is None or prefix.sink_k is None else prefix.sink_k.shape[1]
-    own_start, segments, pieces = 0, [], []
-    key_start = 0
-    for n, (length, num_seen) in enumerate(zip(lengths, seen, strict=True)):
-        num_extra, num_filled = _past_slots(prefix, num_seen, num_sinks)
-        if length:
-            segments.append(
-                _Segment(rows, own_start, length, key_start, num_extra, num_seen - num_filled, num_seen)
-            )
-            if prefix is not None:
-                past_end = num_sequences * max_sinks + (n + 1) * num_slots
-                pieces.append(torch.arange(num_extra) + n * max_sinks)
-                pieces.append(torch.arange(past_end - num_filled, past_end))
-                own = num_sequences * (max_sinks + num_slots) + own_start
-                pieces.append(torch.arange(own, own + length))
-            key_start += num_extra + num_filled + length
-        own_start += length
-    if prefix is None:
-        return k, v, segments
-    index = torch.cat(pieces or [torch.zeros(0, dtype=torch.int64)]).to(k.device)
-
-    def gather(sinks: Tensor | None, past: Tensor, own: Tensor) -> Tensor:
-        parts = (
-            [past.flatten(0, 1), own[0]]
-            if sinks is None
-            else [sinks.flatten(0, 1), past.flatten(0, 1), own[0]]
-        )
-        return torch.cat(parts).index_select(0, index)[None]
-
-    return gather(prefix.sink_k, prefix.k, k), gather(prefix.sink_v, prefix.v, v), segments
-
-
-def _tile_limits(window_size: int | None, on_cpu: bool) -> tuple[int, int]:
-    """Queries and scores of a tile.
-
-    Few queries waste little outside the window, many make fast matmuls; on the CPU (measured) the scores also
-    have to stay in the cache, elsewhere a tile should be worth its launches.
-    """
-    if on_cpu:
-        return (256 if window_size is None else 64 if window_size <= 256 else 128), 1 << 20
-    return (1024 if window_size is None else 256 if window_size <= 256 else 512), 1 << 26
-
-
-def _make_tiles(
-    segments: list[_Segment],
-    num_groups: int,
-    window_size: int | None,
-    window_grid: int | None,
-    num_sinks: int,
-    limits: tuple[int, int],
-) -> tuple[_Tile, ...]:
-    tiles = []
-    block, max_scores = limits
-    for segment in segments:
-        for t0, t1 in _cut_queries(segment, block, window_grid):
-            start = segment.first_position
-            if window_size is not None:
-                oldest = segment.num_seen + t0
-                if window_grid is not None:
-                    oldest = (oldest // window_grid + 1) * window_grid - 1
-                start = max(start, oldest - window_size + 1)
-            num_cols = segment.num_sinks + max(0, min(num_sinks, start) - segment.first_position)
-            slot_of_zero = segment.key_start + segment.num_sinks - segment.first_position
-            k0, k1 = slot_of_zero + start, slot_of_zero + segment.num_seen + t1
-            area = num_groups * (t1 - t0) * (num_cols + k1 - k0)
-            rows = max(1, max_scores // area)
-            for r0 in range(0, segment.rows, rows):
-                tiles.append(
-                    _Tile(
-                        r0=r0,
-                        r1=min(r0 + rows, segment.rows),
-                        q0=segment.q_start + t0,
-                        q1=segment.q_start + t1,
-                        s0=segment.key_start,
-                        num_sinks=num_cols,
-                        k0=k0,
-                        k1=k1,
-                        offset=segment.num_seen + t0 - start,
-                        num_kept=max(0, num_sinks - start),
-                    )
-                )
-    return tuple(tiles)
-
-
-def _cut_queries(segment: _Segment, block: int, window_grid: int | None) -> list[tuple[int, int]]:
-    """First and last (exclusive) query of each tile: at most `block`, none across a line of the grid."""
-    cuts, t0 = [], 0
-    while t0 < segment.length:
-        t1 = min(t0 + block, segment.length)
-        if window_grid is not None:
-            t1 = min(t1, ((segment.num_seen + t0) // window_grid + 1) * window_grid - segment.num_seen)
-        cuts.append((t0, t1))
-        t0 = t1
-    return cuts
-
-
-class _Masks:
-    """Additive masks of tiles, only for the columns that some query must not see; made once per geometry."""
-
-    def __init__(self, window_size: int | None, like: Tensor):
-        self.window_size = window_size
-        self.like = like
-        self.made: dict[tuple[int, ...], list[tuple[int, int, Tensor]]] = {}
-
-    def add_to(self, scores: Tensor, tile: _Tile) -> None:
-        """Set the hidden entries of scores (R, G, C, J) to -inf, in place."""
-        num_queries, num_keys = tile.q1 - tile.q0, tile.k1 - tile.k0
-        key = (num_queries, num_keys, tile.offset, tile.num_kept)
-        if key not in self.made:
-            self.made[key] = self._make(*key)
-        for first, last, mask in self.made[key]:
-            scores[..., tile.num_sinks + first : tile.num_sinks + last].add_(mask)
-
-    def _make(
-        self, num_queries: int, num_keys: int, offset: int, num_kept: int
-    ) -> list[tuple[int, int, Tensor]]:
-        # Query a and key slot b are offset + a - b tokens apart.
-        device = self.like.device
-        query = torch.arange(num_queries, device=device)[:, None] + offset
-        zero = self.like.new_zeros(())
-        patches = []
-        if num_keys > offset + 1:
-            slot = torch.arange(offset + 1, num_keys, device=device)
-            patches.append((offset + 1, num_keys, zero.masked_fill(slot > query, float("-inf"))))
-        if self.window_size is not None and offset + num_queries - self.window_size > num_kept:
-            last = offset + num_queries - self.window_size
-            slot = torch.arange(num_kept, last, device=device)
-            patches.append(
-                (num_kept, last, zero.masked_fill(query - slot >= self.window_size, float("-inf")))
-            )
-        return patches
-
-
 class _Plan(NamedTuple):
     """Everything of a call that is not a tensor."""
 
-    tiles: tuple[_Tile, ...]
+    tiles: tuple[Tile, ...]
     window_size: int | None
     scale: float
     return_stats: bool
@@ -292,8 +87,8 @@ class _Plan(NamedTuple):
         cls, numbers: Sequence[int], window_size: int, scale: float, return_stats: bool
     ) -> "_Plan":
         """The inverse of `numbers`; window_size 0 stands for None."""
-        width = len(_Tile._fields)
-        tiles = tuple(_Tile(*numbers[i : i + width]) for i in range(0, len(numbers), width))
+        width = len(Tile._fields)
+        tiles = tuple(Tile(*numbers[i : i + width]) for i in range(0, len(numbers), width))
         return cls(tiles, window_size or None, scale, return_stats)
 
 
@@ -301,7 +96,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, plan: _Plan) -> tuple[Tensor, Tenso
     """Output (R, G, T, E), lse and row_max (R, G, T); the last two are empty unless asked for."""
     acc = torch.float64 if q.dtype == torch.float64 else torch.float32
     output, lse, row_max = _empty_results(q, v, plan.return_stats)
-    masks = _Masks(plan.window_size, q.new_empty((), dtype=acc))
+    masks = Masks(plan.window_size, q.new_empty((), dtype=acc))
     for tile in plan.tiles:
         rows, queries = slice(tile.r0, tile.r1), slice(tile.q0, tile.q1)
         scores = _scores(q, k, tile, plan.scale, acc, masks)
@@ -338,7 +133,7 @@ def _attend_backward(
     """Gradients of q, k and v; the probabilities of a tile are computed again."""
     acc = torch.float64 if q.dtype == torch.float64 else torch.float32
     dq, dk, dv = torch.empty_like(q), torch.zeros_like(k, dtype=acc), torch.zeros_like(v, dtype=acc)
-    masks = _Masks(plan.window_size, q.new_empty((), dtype=acc))
+    masks = Masks(plan.window_size, q.new_empty((), dtype=acc))
     for tile in plan.tiles:
         rows, queries = slice(tile.r0, tile.r1), slice(tile.q0, tile.q1)
         scores = _scores(q, k, tile, plan.scale, acc, masks)
@@ -349,7 +144,7 @@ def _attend_backward(
             d_tile = d_out[rows, :, queries].flatten(1, 2)  # (R, G C, E)
             d_probs = torch.bmm(d_tile, tile.columns(v).transpose(1, 2)).to(acc).view_as(probs)
             d_scores = torch._softmax_backward_data(d_probs, probs, -1, acc)
-            _add_columns(dv, tile, torch.bmm(probs.flatten(1, 2).to(v.dtype).transpose(1, 2), d_tile))
+            add_columns(dv, tile, torch.bmm(probs.flatten(1, 2).to(v.dtype).transpose(1, 2), d_tile))
         if d_lse is not None:
             d_scores = d_scores + probs * d_lse[rows, :, queries, None]
         if d_max is not None:
@@ -359,7 +154,7 @@ def _attend_backward(
         d_query = torch.bmm(d_flat, tile.columns(k)) * plan.scale
         dq[rows, :, queries] = d_query.view(*probs.shape[:3], -1)
         d_key = torch.bmm(d_flat.transpose(1, 2), q[rows, :, queries].flatten(1, 2))
-        _add_columns(dk, tile, d_key * plan.scale)
+        add_columns(dk, tile, d_key * plan.scale)
     return dq, dk.to(k.dtype), dv.to(v.dtype)
 
 
@@ -442,7 +237,7 @@ def _op_backward(ctx: Any, d_out: Tensor, d_lse: Tensor, d_max: Tensor) -> tuple
 _attend_op.register_autograd(_op_backward, setup_context=_save_for_op)
 
 
-def _scores(q: Tensor, k: Tensor, tile: _Tile, scale: float, acc: torch.dtype, masks: _Masks) -> Tensor:
+def _scores(q: Tensor, k: Tensor, tile: Tile, scale: float, acc: torch.dtype, masks: Masks) -> Tensor:
     """Masked scaled logits of a tile, (R, G, C, J)."""
     queries = q[tile.r0 : tile.r1, :, tile.q0 : tile.q1]
     flat = queries.flatten(1, 2)
@@ -453,14 +248,15 @@ def _scores(q: Tensor, k: Tensor, tile: _Tile, scale: float, acc: torch.dtype, m
     return scores
 
 
-def _add_columns(total: Tensor, tile: _Tile, part: Tensor) -> None:
-    """Add a tile's gradient (r1 - r0, J, D) to the key slots (R, S, D) it came from."""
-    total[tile.r0 : tile.r1, tile.s0 : tile.s0 + tile.num_sinks] += part[:, : tile.num_sinks]
-    total[tile.r0 : tile.r1, tile.k0 : tile.k1] += part[:, tile.num_sinks :]
-
-
 def decode_attention_torch(
-    q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, *, scale: float, return_stats: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    valid: Tensor | None,
+    bias: Tensor | None,
+    *,
+    scale: float,
+    return_stats: bool,
 ) -> AttentionOutput:
     """One query per sequence against unordered slots; shapes as in `memzoo.kernels.decode_attention`."""
     num_sequences, _, num_heads, _ = q.shape
@@ -473,6 +269,8 @@ def decode_attention_torch(
     q_grouped = q.reshape(num_sequences, k.shape[2], -1, q.shape[-1])  # (N, Hkv, G, D)
     score, read = _decode_products(k)
     scores = score(q_grouped, k).to(acc) * scale  # (N, Hkv, G, S)
+    if bias is not None:
+        scores = scores + bias.transpose(1, 2).unflatten(1, (k.shape[2], -1))
     if valid is not None:
         scores = scores.masked_fill(~valid[:, None, None], float("-inf"))
     probs = scores.softmax(-1)

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .chunked import lay_out_dense, lay_out_ragged
+from .tiles import lay_out_dense, lay_out_ragged
 from .types import KVPrefix
 
 # Dimensions: B batch, T tokens, N sequences, H query heads, Hkv key heads, D key width, E value width, S key

@@ -86,7 +86,7 @@ def _filled_slots(
 
 
 def decode_attention_reference(
-    q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, *, scale: float
+    q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, bias: Tensor | None, *, scale: float
 ) -> AttentionOutput:
     """The definition of `memzoo.kernels.decode_attention`; statistics are always returned."""
     acc = torch.float64 if q.dtype == torch.float64 else torch.float32
@@ -95,6 +95,8 @@ def decode_attention_reference(
         slots = torch.arange(k.shape[1], device=k.device) if valid is None else valid[n].nonzero()[:, 0]
         q_grouped = q[n, 0].to(acc).unflatten(0, (k.shape[2], -1))  # (Hkv, G, D)
         logits = torch.einsum("hgd,jhd->hgj", q_grouped, k[n, slots].to(acc)) * scale
+        if bias is not None:
+            logits = logits + bias[n, slots].T.unflatten(0, (k.shape[2], -1))
         outputs.append(torch.einsum("hgj,jhe->hge", logits.softmax(-1), v[n, slots].to(acc)).flatten(0, 1))
         lses.append(logits.logsumexp(-1).flatten())
         maxima.append(logits.amax(-1).flatten())

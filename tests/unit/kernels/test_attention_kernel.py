@@ -294,7 +294,7 @@ def test_tiles_of_any_size_agree(monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = heads(18, 3, 40)
     expected = run(attention(*inputs, window_size=9, num_sinks=2, return_stats=True), inputs)
     for limits in ((1, 1), (7, 200), (40, 1 << 20)):
-        monkeypatch.setattr(chunked, "_tile_limits", lambda window_size, on_cpu, limits=limits: limits)
+        monkeypatch.setattr(chunked, "tile_limits", lambda window_size, on_cpu, limits=limits: limits)
         compare(
             run(attention(*inputs, window_size=9, num_sinks=2, return_stats=True), inputs), expected, 1e-12
         )

@@ -39,6 +39,25 @@ def test_equals_the_definition(rows: int, slots: int, num_kv_heads: int, masked:
             assert_close(f"tensor {i}", actual, expected, bound)
 
 
+@pytest.mark.parametrize("num_kv_heads", [1, 6])
+def test_a_bias_is_added_to_the_logits(num_kv_heads: int) -> None:
+    q, k, v = tensors(2, 7, num_kv_heads)
+    bias = torch.randn(
+        2, 7, 6, generator=torch.Generator().manual_seed(3), dtype=torch.float64
+    ).requires_grad_()
+    each = [x.repeat_interleave(6 // num_kv_heads, dim=2) for x in (k, v)]
+    logits = torch.einsum("nthd,nshd->nhs", q, each[0]) * 5**-0.5 + bias.transpose(1, 2)
+    expected = torch.einsum("nhs,nshe->nhe", logits.softmax(-1), each[1])[:, None]
+    wanted = torch.autograd.grad(expected.square().sum(), (q, k, v, bias))
+    for name in ("torch", "reference"):
+        out = decode_attention(q, k, v, bias=bias, backend=name).output
+        assert_close("output", out, expected, 1e-12)
+        for actual, grad in zip(
+            torch.autograd.grad(out.square().sum(), (q, k, v, bias)), wanted, strict=True
+        ):
+            assert_close("gradient", actual, grad, 1e-12)
+
+
 def test_equals_the_last_row_of_attention() -> None:
     _, k, v = tensors(2, 9, 2)
     q = torch.randn(2, 9, 6, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -90,6 +109,7 @@ Q, K, V = (x.detach() for x in tensors(2, 4, 2))
         ({"k": K[:, :0], "v": V[:, :0]}, "at least one slot"),
         ({"valid": torch.ones(2, 3, dtype=torch.bool)}, r"bool tensor of shape \(2, 4\)"),
         ({"valid": torch.ones(2, 4)}, "valid must be a bool tensor"),
+        ({"bias": torch.zeros(2, 4, 2)}, r"bias must be torch.float64 of shape \(2, 4, 6\)"),
         ({"q": Q[:, :, :5]}, "multiple of the number of key heads, got 5 and 2"),
         ({"backend": "flash_attn"}, "is not a backend of decode_attention"),
     ],
