@@ -14,6 +14,7 @@ from .fast_weights import (
     newton_schulz,
     unpack_fast_weights,
 )
+from .gated_norm import gated_rms_norm
 from .gated_slot_attention import SlotState, gated_slot_attention
 from .layout import ChunkLayout, sequence_lengths
 from .linear_attention import LinearState, linear_attention
@@ -46,6 +47,7 @@ __all__ = [
     "fast_weight_scan",
     "fast_weight_shapes",
     "fast_weight_step",
+    "gated_rms_norm",
     "gated_slot_attention",
     "linear_attention",
     "linear_cross_entropy",

@@ -24,6 +24,7 @@ OPERATIONS: dict[str, tuple[str, ...]] = {
     "decayed_attention": ("reference", "torch"),
     "decode_attention": ("reference", "torch"),
     "fast_weight_scan": ("reference", "torch"),
+    "gated_rms_norm": ("reference", "torch"),
     "gated_slot_attention": ("reference", "torch", "fla"),
     "linear_attention": ("reference", "torch", "fla"),
     "linear_cross_entropy": ("reference", "torch"),
@@ -74,10 +75,7 @@ def available_backends(op: str) -> tuple[str, ...]:
     """Backends of one operation that this machine can run.
 
     Args:
-        op: name of an operation: "attention", "causal_conv", "decayed_attention", "decode_attention",
-            "fast_weight_scan", "gated_slot_attention", "linear_attention", "linear_cross_entropy",
-            "linear_divergence", "mlstm", "selective_scan", "soft_cache_size", "taylor_attention", "titans" or
-            "ttt".
+        op: name of an operation, a key of `OPERATIONS`.
 
     Returns:
         Names, "reference" first. External kernels are listed only when they import and CUDA is available.

@@ -38,7 +38,7 @@ from .parts.feature_maps import list_feature_maps, make_feature_map
 from .parts.heads import head_width
 from .parts.kv_cache import empty_tokens
 from .parts.norm import RMSNorm
-from .parts.output_gate import GATES, OutputGate
+from .parts.output_gate import GATE_ACTIVATIONS, OutputGate
 from .parts.projection import init_projections, projection_flops
 from .parts.rotary import Rotary
 from .parts.short_conv import ShortConv
@@ -111,7 +111,7 @@ class GatedLinearAttentionConfig(MixerConfig):
             ("activation", ("none", "silu")),
             ("decay", DECAYS),
             ("rule", ("additive", "delta")),
-            ("gate", ("none", *GATES)),
+            ("gate", ("none", *GATE_ACTIVATIONS)),
         ):
             check_choice(name, getattr(self, name), known)
         self._check_parts()
@@ -293,15 +293,13 @@ class GatedLinearAttention(TokenMixer):
             cu_seqlens=ctx.cu_seqlens,
             chunk_size=ctx.overrides.get("chunk_size", self.config.chunk_size),
         )  # (B, T, max(H, HV), E)
-        out = self.o_norm(out)
-        if self.gate is not None:
-            out = self.gate(out, x)
+        out = self.o_norm(out).flatten(-2) if self.gate is None else self.gate(out, x, self.o_norm)
         new_state = None
         if memory is not None:
             new_state = GatedLinearAttentionState(
                 num_tokens=ctx.num_tokens_after, memory=memory.memory, tail=tail
             )
-        return LayerOutput(self.o_proj(out.flatten(-2)), new_state)
+        return LayerOutput(self.o_proj(out), new_state)
 
     def flops_per_token(self, num_tokens: int) -> int:
         """Projections, feature maps, one write per memory and one read per query head; and what each key

@@ -183,11 +183,10 @@ class MLSTM(TokenMixer):
             cu_seqlens=ctx.cu_seqlens,
             chunk_size=ctx.overrides.get("chunk_size", c.chunk_size),
         )  # (B, T, H, E)
-        out = self.gate(self.o_norm(out), x)
         new_state = None
         if memory is not None:
             new_state = MLSTMLayerState(num_tokens=ctx.num_tokens_after, **memory._asdict())
-        return LayerOutput(self.o_proj(out.flatten(-2)), new_state)
+        return LayerOutput(self.o_proj(self.gate(out, x, self.o_norm)), new_state)
 
     def flops_per_token(self, num_tokens: int) -> int:
         """Projections, and one write and one read per head."""

@@ -8,7 +8,6 @@ from torch import Tensor
 from ..autograd import without_autocast
 from ..backend import choose_backend
 from ..layout import sequence_lengths
-from ..pieces import in_pieces
 from .arguments import check_arguments, check_state
 from .chunked import linear_attention_torch
 from .external import can_run_fla, linear_attention_fla
@@ -132,9 +131,9 @@ def linear_attention(
         if beta is not None:
             # the normaliser sums what is written, so it has to be the keys that carry the factor
             if normalize:
-                k = in_pieces(_scaled, (k, beta))
+                k = _scaled(k, beta)
             else:
-                v = in_pieces(_scaled, (v, beta))
+                v = _scaled(v, beta)
         return linear_attention_torch(q, k, v, g, lengths, **chunks, **options)
 
 

@@ -7,9 +7,11 @@ G_i the sum of log-decays of a value head in a chunk up to and including token i
     P_ij = scale q_i . k_j   (j <= i)           o_i = exp(G_i) (scale q_i) S + sum_j P_ij exp(G_i - G_j) v_j
     S'   = exp(G_end) S + sum_j k_j (exp(G_end - G_j) v_j)^T
 
-States and floors are those of `chunked`: no state is kept, memory is O(T (K + V)). Log-decays get their
-gradient without another product: that of their running sum up to token t is o_t . do_t - v_t . dv_t, because
-exp(G_t) is a factor of all that token t reads, and exp(-G_t) of all that becomes of its value.
+The states that enter the chunks are kept for the backward pass, K V / C numbers per token and value head,
+which is less than its queries would take if they were not shared as long as C >= V. Decay factors and their
+floor: log_sums.py. Log-decays get their gradient without another product: that of their running sum up to
+token t is o_t . do_t - v_t . dv_t, because exp(G_t) is a factor of all that token t reads, and exp(-G_t) of
+all that becomes of its value.
 """
 
 from collections.abc import Iterator
@@ -39,6 +41,10 @@ class _Plan(NamedTuple):
         """First token and end of each chunk, segment by segment."""
         for start, end in pairwise(self.bounds):
             yield [(t, min(t + self.chunk_size, end)) for t in range(start, end, self.chunk_size)]
+
+    def num_chunks(self) -> int:
+        """Chunks of all segments."""
+        return sum(map(len, self.segments()))
 
 
 def linear_attention_shared_keys(
@@ -114,14 +120,19 @@ class _Chunk:
 
 
 def _attend(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, memory: Tensor | None, *, plan: _Plan
-) -> tuple[Tensor, Tensor]:
-    """Output (X, T, J, V) and final states (M, X, K, J V)."""
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, memory: Tensor | None, *, plan: _Plan, keep: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Output (X, T, J, V), final states (M, X, K, J V), and states before each chunk, or none of them."""
     states = _start(k, v, memory, plan)
     output = torch.empty_like(v, dtype=states.dtype)
+    before = states.new_empty(plan.num_chunks() if keep else 0, *states.shape[1:])
+    n = 0
     for m, chunks in enumerate(plan.segments()):
         state = states[m]
         for i, (t0, t1) in enumerate(chunks):
+            if keep:
+                before[n] = state
+            n += 1
             chunk = _Chunk(q, k, v, g, t0, t1, plan.scale)
             weights = chunk.scores()[:, None] * chunk.inside()  # (X, J, C, C)
             out = (weights @ chunk.v.transpose(1, 2)).transpose(1, 2)  # (X, C, J, V)
@@ -132,7 +143,7 @@ def _attend(
             output[:, t0:t1] = out
             if plan.need_final or i < len(chunks) - 1:
                 chunk.advance(state)
-    return output, states
+    return output, states, before
 
 
 def _attend_backward(
@@ -143,6 +154,7 @@ def _attend_backward(
     memory: Tensor | None,
     output: Tensor,
     final: Tensor,
+    before: Tensor,
     d_output: Tensor | None,
     d_final: Tensor | None,
     *,
@@ -151,25 +163,17 @@ def _attend_backward(
     """Gradients of q, k, v, g and memory."""
     acc = final.dtype
     d_output = torch.zeros_like(output) if d_output is None else d_output
-    dq, dk, dv = (torch.zeros_like(x, dtype=acc) for x in (q, k, v))
-    dg = torch.zeros_like(g, dtype=acc)
+    dq, dk, dv = (torch.empty_like(x, dtype=acc) for x in (q, k, v))
+    dg = torch.empty_like(g, dtype=acc)
     d_memory = torch.zeros_like(final) if d_final is None else d_final.clone()
     # of the running sum up to the last token: all of the final state has its factor
     d_whole = (d_memory * final).unflatten(3, v.shape[2:]).sum((2, 4))  # (M, X, J)
-    states = _start(k, v, memory, plan)
-    for m, chunks in enumerate(plan.segments()):
-        state, d_state = states[m], d_memory[m]
-        # Forward over the states: gradients of the queries that read them.
-        for i, (t0, t1) in enumerate(chunks):
-            chunk = _Chunk(q, k, v, g, t0, t1, plan.scale)
-            if i or memory is not None:
-                d_read = (d_output[:, t0:t1] * chunk.read).flatten(2)  # (X, C, J V)
-                dq[:, t0:t1] = torch.bmm(d_read, state.transpose(1, 2)).mul_(plan.scale)
-            if i < len(chunks) - 1:
-                chunk.advance(state)
-        # Backward over their gradients: everything else.
+    n = plan.num_chunks()
+    for m, chunks in reversed(list(enumerate(plan.segments()))):
+        d_state = d_memory[m]
         later = d_whole[m][..., None]  # (X, J, 1), gradient of the log-decays behind the chunk
         for i, (t0, t1) in reversed(list(enumerate(chunks))):
+            n -= 1
             chunk = _Chunk(q, k, v, g, t0, t1, plan.scale)
             inside = chunk.inside()
             weights = chunk.scores()[:, None] * inside  # (X, J, C, C)
@@ -177,20 +181,21 @@ def _attend_backward(
             d_heads = d_out.transpose(1, 2)
             d_weights = d_heads @ chunk.v.permute(0, 2, 3, 1)
             d_scores = d_weights.mul_(inside).sum(1).tril_().mul_(plan.scale)  # (X, C, C)
-            dq[:, t0:t1] += torch.bmm(d_scores, chunk.k)
+            grad_q = torch.bmm(d_scores, chunk.k)
             grad_k = torch.bmm(d_scores.transpose(1, 2), chunk.q)
             grad_v = (weights.transpose(2, 3) @ d_heads).transpose(1, 2)  # (X, C, J, V)
             if d_final is not None or i < len(chunks) - 1:
                 grad_v = torch.addcmul(grad_v, torch.bmm(chunk.k, d_state).view_as(chunk.v), chunk.write)
                 grad_k.baddbmm_(chunk.written(), d_state.transpose(1, 2))
-            dk[:, t0:t1], dv[:, t0:t1] = grad_k, grad_v
             d_total = (output[:, t0:t1] * d_out).sum(3) - (chunk.v * grad_v).sum(3)  # (X, C, J)
             dg[:, :, t0:t1] = d_total.transpose(1, 2).flip(2).cumsum(2).flip(2).add_(later)
             later = dg[:, :, t0 : t0 + 1]
             if i or memory is not None:
+                d_read = (d_out * chunk.read).flatten(2)  # (X, C, J V)
+                grad_q.baddbmm_(d_read, before[n].transpose(1, 2), alpha=plan.scale)
                 chunk.decay_state(d_state)
-                d_read = (d_out * chunk.read).flatten(2)
                 d_state.baddbmm_(chunk.q.transpose(1, 2), d_read, alpha=plan.scale)
+            dq[:, t0:t1], dk[:, t0:t1], dv[:, t0:t1] = grad_q, grad_k, grad_v
     grads = (x.to(like.dtype) for x, like in ((dq, q), (dk, k), (dv, v), (dg, g)))
     return *grads, None if memory is None else d_memory
 
@@ -201,11 +206,11 @@ class _SharedKeys(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
         *tensors, plan = arguments
-        results = _attend(*tensors, plan=plan)
-        ctx.save_for_backward(*tensors, *results)
+        output, final, before = _attend(*tensors, plan=plan, keep=any(ctx.needs_input_grad))
+        ctx.save_for_backward(*tensors, output, final, before)
         ctx.set_materialize_grads(False)
         ctx.plan = plan
-        return results
+        return output, final
 
     @staticmethod
     @backward_without_autocast

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...kernels.pieces import in_pieces
+from ...kernels import gated_rms_norm
 from ..contract.mixer import tag_parameter
 
 
@@ -66,23 +65,15 @@ class GatedRMSNorm(nn.Module):
         Args:
             skip: u (B, T, D) and w (D,), for y + w u in place of y.
         """
-        if skip is None:
-            return in_pieces(self._norm, (y, z), (self.weight,))
-        u, factor = skip
-        return in_pieces(self._norm_of_sum, (y, z, u), (self.weight, factor))
-
-    def _norm(self, y: Tensor, z: Tensor, weight: Tensor) -> Tensor:
-        wide = torch.float64 if z.dtype == torch.float64 else torch.float32
-        y, gate = y.to(wide), F.silu(z.to(wide))
-        y = y if self.norm_before_gate else y * gate
-        groups = y.unflatten(-1, (self.num_groups, -1))
-        groups = groups * torch.rsqrt(groups.square().mean(-1, keepdim=True) + self.eps)
-        y = groups.flatten(-2) * weight.to(wide)
-        return (y * gate if self.norm_before_gate else y).to(z.dtype)
-
-    def _norm_of_sum(self, y: Tensor, z: Tensor, u: Tensor, weight: Tensor, factor: Tensor) -> Tensor:
-        wide = torch.float64 if z.dtype == torch.float64 else torch.float32
-        return self._norm(y.to(wide) + u.to(wide) * factor.to(wide), z, weight)
+        return gated_rms_norm(
+            y,
+            z,
+            self.weight,
+            num_groups=self.num_groups,
+            norm_before_gate=self.norm_before_gate,
+            eps=self.eps,
+            skip=skip,
+        )
 
     def extra_repr(self) -> str:
         """Sizes, for printing."""

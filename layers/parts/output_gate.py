@@ -1,20 +1,20 @@
-"""The multiplicative gate behind a recurrence: out * act(x W_g)."""
+"""The multiplicative gate behind a recurrence: norm(out) * act(x W_g)."""
 
 from __future__ import annotations
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from ..contract import record
+from ...kernels import gated_rms_norm
+from ...kernels.gated_norm import ACTIVATIONS as GATE_ACTIVATIONS
+from ..contract import is_probing, record
+from .norm import RMSNorm
 from .projection import init_projections, make_projection
 
 # Dimensions: B batch, T tokens, H heads, E value width, M model width
 
-GATES = {"sigmoid": F.sigmoid, "silu": F.silu}
-
 
 class OutputGate(nn.Module):
-    """Multiplies heads by a gate made from the input of the layer.
+    """Normalises heads and multiplies them by a gate made from the input of the layer.
 
     Args:
         d_model: M.
@@ -35,11 +35,20 @@ class OutputGate(nn.Module):
         """As all projections."""
         init_projections(self.proj)
 
-    def forward(self, out: Tensor, x: Tensor) -> Tensor:
-        """Gates out (B, T, H, E) by x (B, T, M)."""
-        gate = GATES[self.activation](self.proj(x).unflatten(-1, (self.num_heads, -1)))
-        record("output_gate", gate)
-        return out * gate
+    def forward(self, out: Tensor, x: Tensor, norm: RMSNorm) -> Tensor:
+        """norm(out) gated: out (B, T, H, E), x (B, T, M), result (B, T, H E); `norm` is that of one head."""
+        gate = self.proj(x)
+        if is_probing():
+            record("output_gate", GATE_ACTIVATIONS[self.activation](gate).unflatten(-1, (self.num_heads, -1)))
+        return gated_rms_norm(
+            out.flatten(-2),
+            gate,
+            norm.weight.repeat(self.num_heads),
+            num_groups=self.num_heads,
+            activation=self.activation,
+            norm_before_gate=True,
+            eps=norm.eps,
+        )
 
     def extra_repr(self) -> str:
         """What it does, for printing."""
