@@ -112,7 +112,7 @@ def time_interleaved(
         device: on CUDA the time between two events around a run is taken, with the L2 cache emptied before;
             elsewhere the wall clock.
         budget_s: seconds per function; decides the repeats within their limits.
-        warmup: untimed rounds in front.
+        warmup: untimed rounds in front; 0 for none.
         before: set-up by name, run untimed before each run.
         wall_clock: take the wall clock on CUDA too: the time a caller waits, launches included.
 
@@ -141,7 +141,7 @@ def time_interleaved(
         return lambda: taken
 
     begin = time.perf_counter()
-    for _ in range(max(1, warmup)):
+    for _ in range(warmup):
         for name in functions:
             run(name)
         synchronize(device)

@@ -12,6 +12,9 @@ functions of flash-linear-attention where it can be imported (its layers need a 
 within the limits of time and memory is named in the record with its reason. The recurrences of Mamba-2 and
 Gated DeltaNet are timed alone as well (`mixer_operations.py`). At the end the figures are held against what
 the project wants.
+
+What belongs together, one length in one precision, is timed together and kept in `--runs`: a run that was
+stopped goes on there as long as the sources are the same.
 """
 
 from __future__ import annotations
@@ -19,18 +22,22 @@ from __future__ import annotations
 import importlib
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import common
 import mixer_operations
+import points
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from memzoo.layers import TokenMixer, build_mixer, list_mixers
 from memzoo.layers.registry import mixer_entry
+from memzoo.records import git_commit
 
 # Dimensions: B batch, T tokens, M model width
 
@@ -76,14 +83,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     made.add_argument(
         "--max-seconds",
         type=float,
-        default=40.0,
+        default=15.0,
         help="skip a call expected to take longer (default: %(default)s)",
     )
     made.add_argument(
         "--max-gib", type=float, default=8.0, help="skip a call expected to need more (default: %(default)s)"
     )
     made.add_argument(
-        "--budget", type=float, default=3.0, help="seconds to time each call for (default: %(default)s)"
+        "--budget", type=float, default=2.0, help="seconds to time each call for (default: %(default)s)"
+    )
+    made.add_argument(
+        "--runs", type=Path, default=Path("runs/mixers"), help="folder of what is done (default: %(default)s)"
     )
     options = made.parse_args(arguments)
     device = common.prepare(options)
@@ -104,12 +114,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             except ImportError as error:
                 skipped.append({"mixer": name, "dtype": dtype, "skipped": f"cannot be imported: {error}"})
                 print(f"{name}: skipped, {skipped[-1]['skipped']}", flush=True)
-        found = _parallel(layers, dtype, [n for n in lengths if n <= options.max_length], device, options)
-        for row in (*found, *_decode(layers, dtype, contexts, device, options)):
+        keep = _keeper(layers, dtype, device, options)
+        found = _parallel(
+            layers, dtype, [n for n in lengths if n <= options.max_length], device, options, keep
+        )
+        decoded = keep("decode", partial(_decode, layers, dtype, contexts, device, options))
+        for row in chain(found, decoded):
             (skipped if "skipped" in row else rows).append(row)
             print(_sentence(row), flush=True)
         if not options.only:
-            operations += _operations(dtype, lengths, device, options)
+            operations += keep("operations", partial(_operations, dtype, lengths, device, options))
     checks = [] if options.quick else [*checked(rows), *_checked_operations(operations)]
     for check in checks:
         print(
@@ -260,34 +274,82 @@ LONGEST = {("transformers Mamba", "forward+backward"): 256}
 # ------------------------------------------------------------------------------------- parallel and decode
 
 
+Keep = Callable[[str, Callable[[], Iterable[Row]]], list[Row]]
+
+
+def _keeper(layers: Mapping[str, nn.Module], dtype: str, device: torch.device, options: Any) -> Keep:
+    """`points.kept` for rows that depend on these layers, the options and the sources."""
+    asked = {
+        "dtype": dtype,
+        "layers": list(layers),
+        "device": str(device),
+        "threads": torch.get_num_threads(),
+        "options": [options.max_seconds, options.max_gib, options.budget, options.max_length],
+        "commit": options.commit or git_commit(),
+        "torch": torch.__version__,
+    }
+
+    def keep(name: str, make: Callable[[], Iterable[Row]]) -> list[Row]:
+        if options.quick:
+            return list(make())
+        found = points.kept(options.runs, f"{dtype}-{name}", asked, lambda: {"rows": list(make())})
+        rows: list[Row] = found["rows"]
+        return rows
+
+    return keep
+
+
 def _parallel(
-    layers: Mapping[str, nn.Module], dtype: str, lengths: Sequence[int], device: torch.device, options: Any
+    layers: Mapping[str, nn.Module],
+    dtype: str,
+    lengths: Sequence[int],
+    device: torch.device,
+    options: Any,
+    keep: Keep,
 ) -> Iterator[Row]:
     """Forward, and forward with backward, at each length."""
-    width = layers[BASELINE].d_model
-    seconds: dict[tuple[str, str], float] = {}
-    gib: dict[tuple[str, str], float] = {}
-    last = 0
+    before: list[Row] = []
     for length in lengths:
-        x = torch.randn(1, length, width, device=device)
-        x = x.to(getattr(torch, dtype))
-        for mode in MODES:
-            calls = {}
-            for name, layer in layers.items():
-                row = {"mixer": name, "dtype": dtype, "tokens": length, "mode": mode}
-                reason = _too_much(name, mode, length, last, seconds, gib, options)
-                if reason is not None:
-                    yield {**row, "skipped": reason}
-                else:
-                    calls[name] = _call(layer, x, mode)
-            times = common.time_interleaved(
-                calls, device=device, budget_s=options.budget, warmup=1, min_repeats=2, max_repeats=12
-            )
-            for name, taken in times.items():
-                peak = common.peak_memory(calls[name], device)
-                seconds[name, mode] = taken["median_ms"] / 1e3
-                gib[name, mode] = 0.0 if peak is None else peak / 2**30
-                yield {
+        before = keep(str(length), partial(_at_length, layers, dtype, length, before, device, options))
+        yield from before
+
+
+def _at_length(
+    layers: Mapping[str, nn.Module],
+    dtype: str,
+    length: int,
+    before: Sequence[Row],
+    device: torch.device,
+    options: Any,
+) -> list[Row]:
+    """Rows of one length; `before` holds those of the length before."""
+    width = layers[BASELINE].d_model
+    x = torch.randn(1, length, width, device=device).to(getattr(torch, dtype))
+    timed = {(row["mixer"], row["mode"]): row for row in before if "skipped" not in row}
+    rows: list[Row] = []
+    for mode in MODES:
+        calls = {}
+        for name, layer in layers.items():
+            reason = _too_much(name, mode, length, timed.get((name, mode)), before, options)
+            if reason is None:
+                calls[name] = _call(layer, x, mode)
+            else:
+                rows.append(
+                    {"mixer": name, "dtype": dtype, "tokens": length, "mode": mode, "skipped": reason}
+                )
+        # long calls need no warm-up, which the shorter ones were
+        times = common.time_interleaved(
+            calls,
+            device=device,
+            budget_s=options.budget,
+            warmup=0 if before and length > 2048 else 1,
+            min_repeats=2,
+            max_repeats=12,
+        )
+        for name, taken in times.items():
+            peak = common.peak_memory(calls[name], device)
+            rows.append(
+                {
                     "mixer": name,
                     "dtype": dtype,
                     "tokens": length,
@@ -299,32 +361,29 @@ def _parallel(
                     else None,
                     "peak_mib": None if peak is None else peak / 2**20,
                 }
-        last = length
+            )
+    return rows
 
 
 def _too_much(
-    name: str,
-    mode: str,
-    length: int,
-    last: int,
-    seconds: Mapping[tuple[str, str], float],
-    gib: Mapping[tuple[str, str], float],
-    options: Any,
+    name: str, mode: str, length: int, shorter: Row | None, before: Sequence[Row], options: Any
 ) -> str | None:
     """Why a call is left out, or None; full attention grows with the square of the length."""
     longest = LONGEST.get((name, mode))
     if longest is not None and length > longest:
         return f"time quadratic in the length, measured up to {longest} tokens only"
-    if not last:
+    if not before:
         return None
-    if (name, mode) not in seconds:
+    last = before[0]["tokens"]
+    if shorter is None:
         return f"left out at {last} tokens"
     growth = length / last
-    expected = seconds[name, mode] * growth ** (2 if name == BASELINE else 1)
+    expected = shorter["median_ms"] / 1e3 * growth ** (2 if name == BASELINE else 1)
     if expected > options.max_seconds:
         return f"about {expected:.0f} s expected, limit {options.max_seconds:g}"
-    if gib[name, mode] * growth > options.max_gib:
-        return f"about {gib[name, mode] * growth:.0f} GiB expected, limit {options.max_gib:g}"
+    gib = (shorter["peak_mib"] or 0.0) / 2**10 * growth
+    if gib > options.max_gib:
+        return f"about {gib:.0f} GiB expected, limit {options.max_gib:g}"
     return None
 
 

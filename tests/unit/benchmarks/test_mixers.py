@@ -88,21 +88,40 @@ def test_a_call_that_would_take_too_long_is_left_out_with_its_reason() -> None:
     import mixers
 
     options = argparse.Namespace(max_seconds=10.0, max_gib=1.0)
-    seconds, gib = (
-        {("attention", "forward"): 1.0, ("mamba2", "forward"): 1.0},
-        {
-            ("attention", "forward"): 0.1,
-            ("mamba2", "forward"): 0.5,
-        },
-    )
+    before = [
+        {"mixer": "attention", "tokens": 1024, "median_ms": 1e3, "peak_mib": 100.0},
+        {"mixer": "mamba2", "tokens": 1024, "median_ms": 1e3, "peak_mib": 512.0},
+    ]
 
     def reason(name: str, length: int) -> str | None:
-        return mixers._too_much(name, "forward", length, 1024, seconds, gib, options)
+        shorter = next((row for row in before if row["mixer"] == name), None)
+        return mixers._too_much(name, "forward", length, shorter, before, options)
 
     assert reason("attention", 4096) == "about 16 s expected, limit 10"
     assert reason("mamba2", 4096) == "about 2 GiB expected, limit 1"
     assert reason("mamba2", 2048) is None
     assert reason("based", 2048) == "left out at 1024 tokens"
+
+
+def test_what_is_timed_is_kept_for_the_same_sources(tmp_path: Path) -> None:
+    import argparse
+
+    import mixers
+
+    options = argparse.Namespace(
+        quick=False, runs=tmp_path, max_seconds=1.0, max_gib=1.0, budget=1.0, max_length=8, commit="a"
+    )
+    made: list[str] = []
+
+    def make(commit: str, dtype: str = "float32") -> list[dict[str, object]]:
+        options.commit = commit
+        keep = mixers._keeper({}, dtype, torch.device("cpu"), options)
+        return keep("512", lambda: made.append(commit) or iter([{"by": commit}]))
+
+    assert make("a") == make("a") == [{"by": "a"}]
+    assert make("b") == [{"by": "b"}]
+    assert make("a", "bfloat16") == [{"by": "a"}]
+    assert made == ["a", "b", "a"]
 
 
 def test_every_mixer_but_sums_and_chains_is_timed() -> None:
