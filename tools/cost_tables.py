@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib
 import inspect
 import json
 import re
@@ -30,6 +31,7 @@ from memzoo.layers import TokenMixer, build_mixer
 from memzoo.layers.parts.feature_maps import list_feature_maps, make_feature_map
 from memzoo.layers.presets import PRESETS
 from memzoo.layers.registry import mixer_entry
+from memzoo.train.command_line import DATA_TYPES
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -310,35 +312,18 @@ def _class(name: str) -> type:
         from memzoo.train.modules import LanguageModelModule
 
         return LanguageModelModule
-    if name == "data_text":
-        from memzoo.train.data.text import TextDataModule
-
-        return TextDataModule
-    if name == "data_chat":
-        from memzoo.train.data.chat import ChatDataModule
-
-        return ChatDataModule
-    if name == "data_stream":
-        from memzoo.train.data.stream_module import StreamDataModule
-
-        return StreamDataModule
+    if name.removeprefix("data_") in DATA_TYPES:
+        module, _, attribute = DATA_TYPES[name.removeprefix("data_")].partition(":")
+        return getattr(importlib.import_module(module), attribute)
     if name == "data_set":
         from memzoo.train.data.datasets_source import DatasetSource
 
         return DatasetSource
-    if name == "data_task":
-        from memzoo.train.data.task_module import TaskDataModule
-
-        return TaskDataModule
     if name.startswith("task_"):
         from memzoo.train.data.tasks import TASKS
         from memzoo.train.data.text_tasks import TEXT_TASKS
 
         return {**TASKS, **TEXT_TASKS}[name.removeprefix("task_")]
-    if name == "data_mqar":
-        from memzoo.train.data.mqar_module import MQARDataModule
-
-        return MQARDataModule
     return mixer_entry(name).config
 
 

@@ -31,6 +31,7 @@ DATA_TYPES = {
     "stream": "memzoo.train.data.stream_module:StreamDataModule",
     "task": "memzoo.train.data.task_module:TaskDataModule",
     "text": "memzoo.train.data.text:TextDataModule",
+    "text_task": "memzoo.train.data.text_task_module:TextTaskDataModule",
 }
 _DEFAULT_TYPES = {"model": "language_model", "data": "text"}
 REGISTRIES = {"model": MODEL_TYPES, "data": DATA_TYPES}

@@ -24,7 +24,7 @@ from ...layers.registry import build_mixer
 _INSIDE = re.compile(r"^(mixers\.\d+\.)+")
 _PER_KEY_HEAD = re.compile(r"(k_proj|v_proj)\.(weight|bias)")
 
-WeightMap = Callable[[MixerConfig, MixerConfig], "Mapping[str, WeightSource | StackedSource]"]
+WeightMap = Callable[[MixerConfig, MixerConfig], "Mapping[str, Source]"]
 Sizes = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 _WEIGHT_MAPS: dict[str, WeightMap] = {}
 _SIZES: dict[str, Sizes] = {}
@@ -105,7 +105,44 @@ class StackedSource:
         return filled, num_fresh
 
 
-def weight_map(source: MixerConfig, target: MixerConfig) -> dict[str, WeightSource | StackedSource]:
+@dataclass(frozen=True)
+class GroupSource:
+    """Where a parameter begins that the source has nothing equal to: of the query heads that share a
+    key/value head, one is made. The parameter counts as new.
+
+    Attributes:
+        name: of the parameter in the mixer that is replaced.
+        num_kv_heads: key/value heads there.
+        axis: 0 where the heads are rows, of which the mean is taken, 1 where they are columns, which are
+            added.
+    """
+
+    name: str
+    num_kv_heads: int
+    axis: int = 0
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Parameters that are read."""
+        return (self.name,)
+
+    @property
+    def has_repeats(self) -> bool:
+        """Whether heads are repeated."""
+        return False
+
+    def fill(self, fresh: Tensor, weights: Mapping[str, Tensor]) -> tuple[Tensor, int]:
+        """The parameter in place of a freshly initialised one, all of whose rows count as fresh."""
+        width = fresh.shape[self.axis] // self.num_kv_heads
+        groups = weights[self.name].unflatten(self.axis, (self.num_kv_heads, -1, width))
+        made = groups.mean(1) if self.axis == 0 else groups.sum(2)
+        return made.flatten(self.axis, self.axis + 1), fresh.shape[0]
+
+
+Source = WeightSource | StackedSource | GroupSource
+
+
+def weight_map(source: MixerConfig, target: MixerConfig) -> dict[str, Source]:
     """Parameter of the new mixer -> where it comes from; parameters that are not listed are new.
 
     Args:
@@ -116,7 +153,7 @@ def weight_map(source: MixerConfig, target: MixerConfig) -> dict[str, WeightSour
         return dict(_WEIGHT_MAPS[target.type](source, target))
     with torch.device("meta"):
         old, new = build_mixer(source).state_dict(), build_mixer(target).state_dict()
-    found: dict[str, WeightSource | StackedSource] = {}
+    found: dict[str, Source] = {}
     for name, tensor in new.items():
         base = _INSIDE.sub("", name)
         if base not in old:
@@ -128,7 +165,7 @@ def weight_map(source: MixerConfig, target: MixerConfig) -> dict[str, WeightSour
     return found
 
 
-def attention_in_mamba2(source: MixerConfig, target: MixerConfig) -> dict[str, WeightSource | StackedSource]:
+def attention_in_mamba2(source: MixerConfig, target: MixerConfig) -> dict[str, Source]:
     """Mamba-2 as linear attention without softmax: C from queries, B from keys, x from values, the output
     projection from that of the heads (Wang et al., arXiv 2408.15237, section 3). Gate, convolution, step
     sizes and rates are new.
@@ -217,12 +254,27 @@ def _head_groups(source: MixerConfig, name: str, old: Tensor, new: Tensor) -> in
     return int(groups) if new.shape[0] == groups * old.shape[0] else 0
 
 
-def attention_in_allmem(source: MixerConfig, target: MixerConfig) -> dict[str, WeightSource | StackedSource]:
-    """The window of AllMem takes over everything; its memory has projections of its own, all new."""
+def attention_in_allmem(source: MixerConfig, target: MixerConfig) -> dict[str, Source]:
+    """The window of AllMem takes over everything. The projections of its memory are its own, and begin as
+    those of the attention where they have the same sizes: a head per key/value head, as wide.
+    """
     assert isinstance(target, AllMemConfig)
-    window, _ = target.parts()
-    return {f"mixers.0.{name}": origin for name, origin in weight_map(source, window).items()}
+    window, memory = target.parts()
+    taken: dict[str, Source] = {
+        f"mixers.0.{name}": origin for name, origin in weight_map(source, window).items()
+    }
+    heads = getattr(source, "num_kv_heads", None)
+    if heads and (memory.num_heads, memory.head_dim) == (heads, getattr(source, "head_dim", None)):
+        for name, axis in (("q_proj", 0), ("k_proj", 0), ("v_proj", 0), ("o_proj", 1)):
+            taken[f"mixers.1.{name}.weight"] = GroupSource(f"{name}.weight", heads, axis)
+    return taken
 
 
-register_weight_map("allmem", attention_in_allmem)
+def memory_like_attention(old: Mapping[str, Any]) -> dict[str, Any]:
+    """Sizes with which the memory of AllMem begins with the projections of an attention layer."""
+    heads, width = (old.get(name) or 0 for name in ("num_kv_heads", "head_dim"))
+    return {"mem_dim": heads * width, "mem_heads": heads} if heads and width else {}
+
+
+register_weight_map("allmem", attention_in_allmem, memory_like_attention)
 register_weight_map("mamba2", attention_in_mamba2, mamba2_like_attention)

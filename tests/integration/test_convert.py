@@ -31,6 +31,7 @@ from memzoo.models.config import ModelConfig
 from memzoo.models.conversion import ConversionPlan, convert_mixers, memory_off
 from memzoo.models.decoder import MemoryLM
 from memzoo.models.hf import save_model
+from memzoo.train.conversion.comparison import Row, comparison_results, comparison_table
 from memzoo.train.conversion.modules import AlignmentModule, DistillModule
 from memzoo.train.conversion.recipe import (
     ConversionRecipe,
@@ -146,6 +147,38 @@ def test_writes_both_models_and_a_report(converted: Path) -> None:
         "Perplexity by position",
     ):
         assert part in page
+
+
+def test_rows_can_be_asked_what_they_recall(source: Path, tmp_path: Path) -> None:
+    asked = {"type": "needle_text", "seq_len": 200, "num_digits": 1, "num_examples": 3}
+    recipe = ConversionRecipe(
+        target={"type": "allmem", "window_size": 16, "chunk_size": 8, "recompute": False},
+        stages=[
+            {**ALIGN, "seq_len": 250},
+            {"name": "tune", "loss": {"kl": 1.0}, "train": "new", "steps": 1, "lr": 0.001, "seq_len": 250},
+        ],
+        data={"type": "text_task", "task": {"type": "needle_text", "text": "emma", "num_digits": 1}},
+        recall=asked,
+    )
+
+    def rows() -> list[Row]:
+        return convert_and_compare(
+            memzoo.load(source), str(source), recipe, tmp_path, tokens={}, settings=QUIET
+        )[0]
+
+    found = rows()
+    for row in found:
+        assert row.recall is not None
+        assert row.recall["num_examples"] == 3
+        assert math.isfinite(row.recall["loss"])
+    by_name = {row.name: row for row in found}
+    off, before = by_name["hybrid, memory branch off"], by_name["window 16"]
+    assert off.recall["loss"] == before.recall["loss"]  # the weights of the window stay as they were
+    assert by_name["hybrid"].recall["loss"] != off.recall["loss"]
+    assert [row.recall for row in rows()] == [row.recall for row in found]  # kept, not measured again
+    assert "recall" in comparison_table(found).splitlines()[0]
+    results = comparison_results(found)["rows"]["hybrid"]
+    assert results["recall"]["accuracy"] == by_name["hybrid"].recall["accuracy"]
 
 
 @pytest.mark.parametrize("layers", [None, {"method": "mse", "keep": 1}])
@@ -323,6 +356,10 @@ def stage(text: str, of: str = "{name: tune, loss: {kl: 1}, train: lora, steps: 
         ("layers: {keeep: 1}", "Did you mean 'keep'"),
         ("gqa: share", "gqa must be one of keep, expand"),
         ("control: {window: 3}", "control must give window_size"),
+        ("recall: needle_text", "recall must be a mapping"),
+        ("recall: {type: needle}", "Did you mean 'needle_text'"),
+        ("recall: {type: needle_text, num_asks: 3}", "Did you mean 'num_asked'"),
+        ("recall: {type: needle_text, num_examples: 0}", "num_examples must be an integer of at least 1"),
         ("seed: -1", "seed must be an integer"),
         ("seed: 4294967295", "seed must be an integer from 0 to 42949672"),
     ],
@@ -533,7 +570,10 @@ def test_shipped_recipes_run(source: Path, tmp_path: Path, name: str) -> None:
     assert control_plan(recipe).target["num_sinks"] == recipe.target.get("num_sinks", 4)
     # the text of this test is shorter than those of the recipes
     short = [replace(stage, seq_len=min(stage.seq_len, 1024)) for stage in recipe.all_stages]
-    found = convert(source, tmp_path, replace(recipe, stages=short))
+    recipe = replace(recipe, stages=short)
+    if recipe.recall is not None:  # bytes are shorter than tokens
+        recipe = replace(recipe, recall={**recipe.recall, "seq_len": 900, "num_examples": 2})
+    found = convert(source, tmp_path, recipe)
     assert [facts.steps for facts in found["hybrid"].stages] == [1] * len(stages)
     assert found["control"].num_tokens == found["hybrid"].num_tokens
 

@@ -163,10 +163,11 @@ def test_make_targets_and_files_exist(page: Path) -> None:
 def test_types_are_registered(page: Path) -> None:
     from memzoo.train.command_line import DATA_TYPES, MODEL_TYPES
     from memzoo.train.data.tasks import TASKS
+    from memzoo.train.data.text_tasks import TEXT_TASKS
 
     text = page.read_text(encoding="utf-8")
     own = set(re.findall(r"register_mixer\(\"(\w+)\"", text))
-    known = {*list_mixers(), *MLP_TYPES, *DATA_TYPES, *MODEL_TYPES, *TASKS, *own}
+    known = {*list_mixers(), *MLP_TYPES, *DATA_TYPES, *MODEL_TYPES, *TASKS, *TEXT_TASKS, *own}
     named = set(re.findall(r"\btype\"?: \"?(\w+)\"?(?=[,}\n])", text))
     assert named <= known, sorted(named - known)
 

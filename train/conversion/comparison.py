@@ -27,12 +27,15 @@ class Row:
         config: of the model, for its state bytes.
         losses: per book.
         num_trained: trainable numbers that were tuned, 0 for none.
+        recall: share of what was asked that the model recalled, see `Answers.summary`; None where nothing
+            was asked.
     """
 
     name: str
     config: ModelConfig
     losses: dict[str, PositionLosses]
     num_trained: int = 0
+    recall: dict[str, Any] | None = None
 
 
 def comparison_results(rows: Sequence[Row]) -> dict[str, Any]:
@@ -46,6 +49,7 @@ def comparison_results(rows: Sequence[Row]) -> dict[str, Any]:
                 "num_trained": row.num_trained,
                 "state_num_bytes": {str(n): state_bytes(row.config, n) for n in LENGTHS},
                 "books": {book: losses.to_dict() for book, losses in row.losses.items()},
+                **({} if row.recall is None else {"recall": row.recall}),
             }
             for row in rows
         }
@@ -63,18 +67,20 @@ def comparison_results(rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def comparison_table(rows: Sequence[Row]) -> str:
-    """The rows as text: perplexity per book, state bytes at three lengths, trained parameters; then the
-    differences.
+    """The rows as text: perplexity per book, recall, state bytes at three lengths, trained parameters; then
+    the differences.
     """
     books = list(rows[0].losses)
+    asked = ["recall"] if rows[0].recall is not None else []
     table: list[tuple[str, ...]] = [
-        ("model", *books, "state 1k", "state 32k", "state 1M", "trained"),
+        ("model", *books, *asked, "state 1k", "state 32k", "state 1M", "trained"),
     ]
     for row in rows:
         table.append(
             (
                 row.name,
                 *(f"{row.losses[book].perplexity:.2f}" for book in books),
+                *(_recall_cell(row) for _ in asked),
                 *(readable_bytes(state_bytes(row.config, n)) for n in LENGTHS),
                 f"{row.num_trained:,}" if row.num_trained else "-",
             )
@@ -89,6 +95,10 @@ def comparison_table(rows: Sequence[Row]) -> str:
                     f"{pair['confidence']:.0%} interval [{pair['t_low']:+.4f}, {pair['t_high']:+.4f}]"
                 )
     return "\n".join(lines)
+
+
+def _recall_cell(row: Row) -> str:
+    return "-" if row.recall is None else f"{row.recall['accuracy']:.0%}"
 
 
 def state_bytes(config: ModelConfig, num_tokens: int) -> int:

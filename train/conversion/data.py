@@ -8,7 +8,7 @@ import importlib
 import inspect
 from collections.abc import Mapping, Sequence
 from types import UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from ...layers.contract import suggest
 from ..command_line import DATA_TYPES
@@ -61,7 +61,7 @@ def check_data(data: Mapping[str, Any]) -> None:
         load_text(name)
     for file in names(data.get("files", ())):
         check_text_file(file)
-    if not any(data.get(name) for name in ("texts", "files", "dataset")):
+    if not any(data.get(name) for name in ("texts", "files", "dataset", "task")):
         raise ValueError(
             "data: no text to train on. Name a bundled text in texts, or give files or a dataset."
         )
@@ -141,13 +141,22 @@ def _typed(value: Any, hint: Any, where: str) -> Any:
                 raise ValueError(f"data: {where}: {error}.") from None
         if _is_of(value, option):
             return value
-    wanted = " or ".join(_WORDS.get(option, "a mapping") for option in options)
+    wanted = " or ".join(
+        ", ".join(map(str, get_args(option)))
+        if get_origin(option) is Literal
+        else _WORDS.get(option, "a mapping")
+        for option in options
+    )
     raise ValueError(f"data: {where} must be {wanted}, got {value!r}. Correct it, or leave it out.")
 
 
 def _is_of(value: Any, option: Any) -> bool:
     if get_origin(option) is Sequence:
         return isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value)
+    if get_origin(option) is Mapping:
+        return isinstance(value, Mapping)
+    if get_origin(option) is Literal:
+        return value in get_args(option)
     if option is float:
         return isinstance(value, (int, float)) and not isinstance(value, bool)
     return type(value) is option  # truth values are no integers

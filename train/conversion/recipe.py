@@ -19,7 +19,7 @@ from ...models.config import ModelConfig
 from ...models.conversion import (
     ConversionPlan,
     LayerSelection,
-    StackedSource,
+    WeightSource,
     converted_config,
     memory_off,
     weight_map,
@@ -27,6 +27,7 @@ from ...models.conversion import (
 )
 from ...models.decoder import MemoryLM
 from ..data.documents import names
+from ..data.text_tasks import TextTask, make_text_task
 from .data import DEFAULT_DATA, check_data
 from .recipe_stage import Stage
 from .updates import linear_layers, lora_size
@@ -67,6 +68,8 @@ class ConversionRecipe:
             where it has none).
         data: the training text: arguments of a data module of `memzoo train` (its `type`, text unless given)
             without tokenizer and sizes.
+        recall: what every row is asked beside its books: a task in English, its settings with `type` and
+            `seq_len`, and `num_examples` (100). None asks nothing.
         seed: of initialisation and data order.
     """
 
@@ -76,6 +79,7 @@ class ConversionRecipe:
     stages: Sequence[Stage | Mapping[str, Any]] = field(default_factory=_default_stages)
     control: Mapping[str, int] | None = None
     data: Mapping[str, Any] = field(default_factory=lambda: dict(DEFAULT_DATA))
+    recall: Mapping[str, Any] | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -99,6 +103,8 @@ class ConversionRecipe:
             raise ValueError(f"seed must be an integer from 0 to {largest}, got {self.seed!r}.")
         if not isinstance(self.data, Mapping):
             raise ValueError(f"data must be a mapping, got {self.data!r}. Write {{texts: [NAME, ...]}}.")
+        if self.recall is not None:
+            recall_task(self.recall)
         if self.control is not None:
             wrong = not isinstance(self.control, Mapping) or not set(self.control) <= set(DEFAULT_WINDOW)
             if wrong or "window_size" not in self.control:
@@ -122,6 +128,23 @@ class ConversionRecipe:
     def last_end_to_end(self) -> Stage | None:
         """The stage whose training the control repeats."""
         return next((stage for stage in reversed(self.all_stages) if not stage.is_alignment), None)
+
+
+def recall_task(recall: Mapping[str, Any]) -> tuple[TextTask, int]:
+    """The task of a recipe's `recall`, and how many contexts are asked.
+
+    Raises:
+        ValueError: no mapping, an unknown task or setting (the nearest is named), or an impossible value.
+    """
+    if not isinstance(recall, Mapping):
+        raise ValueError(
+            f"recall must be a mapping, got {recall!r}. Write {{type: needle_text, seq_len: N}}."
+        )
+    settings = {"num_examples": 100, "seq_len": 512, **recall}
+    num_examples, seq_len = settings.pop("num_examples"), settings.pop("seq_len")
+    if isinstance(num_examples, bool) or not isinstance(num_examples, int) or num_examples < 1:
+        raise ValueError(f"recall: num_examples must be an integer of at least 1, got {num_examples!r}.")
+    return make_text_task(settings, seq_len=seq_len), num_examples
 
 
 def recipe_dict(recipe: ConversionRecipe) -> dict[str, Any]:
@@ -318,7 +341,7 @@ def _check_effect(stage: Stage, source: ModelConfig, hybrid: MemoryLM, layers: S
 def _has_new(source: ModelConfig, index: int, mixer: TokenMixer) -> bool:
     """Whether a new mixer has parameters, or rows of them, that it does not take over."""
     known = weight_map(source.mixers[index], mixer.config)
-    return any(name not in known or isinstance(known[name], StackedSource) for name in mixer.state_dict())
+    return any(name not in known or not isinstance(known[name], WeightSource) for name in mixer.state_dict())
 
 
 def _heads(mixer: TokenMixer) -> torch.Size | None:

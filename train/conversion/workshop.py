@@ -42,10 +42,12 @@ from ...models.conversion import (
 )
 from ...models.decoder import MemoryLM
 from ..data.batches import BatchSource
+from ..data.tokenizers import load_tokenizer
 from ..evaluate import PositionLosses, position_losses
+from ..task_evaluation import recall_on_text_task
 from .comparison import Row
 from .data import read_batches
-from .recipe import ConversionRecipe
+from .recipe import ConversionRecipe, recall_task
 from .recipe_stage import Stage
 from .stage import Segment, StageFacts, StageSettings, run_stage, verified
 from .teacher import TeacherReadings, weights_digest
@@ -256,19 +258,23 @@ class Workshop:
             num_trained: trainable numbers that were tuned.
             switched: what to do to the model meanwhile, for example `memory_off`.
         """
+        asked = self.recipe.recall
         digest = hashlib.sha256(json.dumps([name, dict(self.windows)]).encode())
+        if asked is not None:
+            digest.update(json.dumps(dict(asked)).encode())
         for book, ids in self.tokens.items():
             digest.update(book.encode() + ids.numpy().tobytes())
         plain, label = re.sub("[^a-z0-9]+", "-", name.lower()).strip("-"), self._label(name)
         folder = self.work / "rows" / f"{plain}-{digest.hexdigest()[:12]}"
         made = model()
-        losses = _read_losses(folder)
-        if losses is None:
+        found = _read_row(folder)
+        if found is None:
             low = copy.deepcopy(made).to(self.device, torch.bfloat16).eval()
             with switched(low):
-                losses = self._losses(label, low)
-            _write_losses(folder, losses)
-        row = Row(name, made.config, losses, num_trained)
+                found = self._losses(label, low), None if asked is None else self._recall(label, low)
+            _write_row(folder, *found)
+        losses, recall = found
+        row = Row(name, made.config, losses, num_trained, recall)
         self.rows.append(row)
         if losses:
             logger.info("%s: perplexity %s", name, {b: round(x.perplexity, 2) for b, x in losses.items()})
@@ -313,6 +319,24 @@ class Workshop:
                     model, ids, **self.windows, on_window=lambda done, total: line.update()
                 )
         return losses
+
+    def _recall(self, name: str, model: MemoryLM) -> dict[str, Any]:
+        """What the model recalls of what the recipe asks."""
+        assert self.recipe.recall is not None
+        task, num_examples = recall_task(self.recipe.recall)
+        with tqdm(
+            desc=name, unit="context", total=num_examples, disable=not self.settings.progress, leave=False
+        ) as line:
+            found = recall_on_text_task(
+                model,
+                load_tokenizer(self.tokenizer),
+                task,
+                [task.seq_len],
+                num_examples=num_examples,
+                on_example=lambda done, total: line.update(),
+            )
+        recall: dict[str, Any] = found["lengths"][0]
+        return recall
 
 
 def layer_scores(
@@ -384,9 +408,14 @@ def _read_kept(path: Path, depth: int) -> list[int] | None:
     return None
 
 
-def _write_losses(folder: Path, losses: Mapping[str, PositionLosses]) -> None:
+def _write_row(folder: Path, losses: Mapping[str, PositionLosses], recall: dict[str, Any] | None) -> None:
     tensors = {book: found.losses.contiguous() for book, found in losses.items()}
-    facts = {book: {"starts": list(found.starts), "seconds": found.seconds} for book, found in losses.items()}
+    facts = {
+        "books": {
+            book: {"starts": list(found.starts), "seconds": found.seconds} for book, found in losses.items()
+        },
+        "recall": recall,
+    }
     write_folder(
         folder,
         {
@@ -397,16 +426,17 @@ def _write_losses(folder: Path, losses: Mapping[str, PositionLosses]) -> None:
     )
 
 
-def _read_losses(folder: Path) -> dict[str, PositionLosses] | None:
+def _read_row(folder: Path) -> tuple[dict[str, PositionLosses], dict[str, Any] | None] | None:
     """None where the row has not been measured, or its files are damaged."""
     if not verified(folder):
         return None
     facts: dict[str, Any] = read_json(folder / ROW_NAME)
     tensors = read_safetensors(folder / LOSSES_NAME)
-    return {
+    losses = {
         book: PositionLosses(tensors[book], tuple(entry["starts"]), entry["seconds"])
-        for book, entry in facts.items()
+        for book, entry in facts["books"].items()
     }
+    return losses, facts["recall"]
 
 
 def _write_plain(path: Path, content: Mapping[str, Any]) -> None:

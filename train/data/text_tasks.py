@@ -17,8 +17,8 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -75,12 +75,19 @@ class Story:
         question: what stands behind the book, up to the first answer.
         answers: what has to be predicted, in order.
         sources: for each answer the sentence that states it.
+        joints: what stands between one answer and the next; commas unless given.
     """
 
     sentences: list[str]
     question: str
     answers: list[str]
     sources: list[int]
+    joints: list[str] = field(default_factory=list)
+
+    def told(self) -> Iterator[tuple[str, str]]:
+        """For each answer what stands before it, behind the question or the answer before, and itself."""
+        joints = self.joints or [","] * (len(self.answers) - 1)
+        yield from zip([" ", *(f"{joint} " for joint in joints)], self.answers, strict=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,7 +149,8 @@ class TextTask(ABC):
         depths = np.sort(rng.uniform(*self.depth, size=len(story.sentences)))
         words = book_words(self.text)
         encode = tokenizer.backend_tokenizer.encode
-        own = len(encode(f"{' '.join(story.sentences)}\n\n{story.question} {', '.join(story.answers)}").ids)
+        asked = "".join(f"{joint}{answer}" for joint, answer in story.told())
+        own = len(encode(f"{' '.join(story.sentences)}\n\n{story.question}{asked}").ids)
         budget = self.seq_len - own
         start = int(rng.integers(max(len(words) - self.seq_len, 1)))  # a word has at least one token
         stretch = words[start : start + self.seq_len]
@@ -173,10 +181,13 @@ class TextTask(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class NeedleTextTask(TextTask):
-    """Secret codes of places, hidden in a book; the codes of one place are asked for, in their order.
+    """Secret codes of places, hidden in a book; the codes of one place are asked for, in their order, or one
+    of each of several places.
 
     Args:
-        num_values: codes of the place that is asked for, every one in a sentence of its own.
+        num_values: codes of a place that is asked for, every one in a sentence of its own; several for one
+            place only.
+        num_asked: places that are asked for, one after another.
         num_distractors: places with a code that is not asked for.
 
     Raises:
@@ -184,36 +195,51 @@ class NeedleTextTask(TextTask):
     """
 
     num_values: int = 1
+    num_asked: int = 1
     num_distractors: int = 0
 
     def _check(self) -> None:
-        check_positive(self, "num_values")
+        check_positive(self, "num_values", "num_asked")
         check_counts(self, "num_distractors")
-        if self.num_distractors >= len(PLACES):
+        if self.num_values > 1 and self.num_asked > 1:
             raise ValueError(
-                f"num_distractors must be at most {len(PLACES) - 1}, got {self.num_distractors}. "
-                "There are no more places with a code."
+                f"several codes are asked of one place only, got num_values={self.num_values} and "
+                f"num_asked={self.num_asked}. Set one of them to 1."
             )
-        check_pool(
-            self.num_values + self.num_distractors, 9 * 10 ** (self.num_digits - 1), "codes", "num_digits"
-        )
+        if self.num_asked + self.num_distractors > len(PLACES):
+            raise ValueError(
+                f"num_distractors must be at most {len(PLACES) - self.num_asked}, got "
+                f"{self.num_distractors}. There are no more places with a code."
+            )
+        num_codes = self.num_values * self.num_asked + self.num_distractors
+        check_pool(num_codes, 9 * 10 ** (self.num_digits - 1), "codes", "num_digits")
 
     def story(self, rng: np.random.Generator) -> Story:
-        places = [
-            PLACES[number] for number in rng.choice(len(PLACES), self.num_distractors + 1, replace=False)
-        ]
-        asked = places[0]
-        codes = self._numbers(rng, self.num_values + self.num_distractors)
-        owners = [asked] * self.num_values + places[1:]
+        num_places = self.num_asked + self.num_distractors
+        places = [PLACES[number] for number in rng.choice(len(PLACES), num_places, replace=False)]
+        num_answers = self.num_values * self.num_asked
+        codes = self._numbers(rng, num_answers + self.num_distractors)
+        owners = places[:1] * self.num_values + places[1:]
         one = "One secret code" if self.num_values > 1 else "The secret code"
         order = rng.permutation(len(codes))
         sentences = [f"{one} of the {owners[number]} is {codes[number]}." for number in order]
-        sources = [place for place, number in enumerate(order) if number < self.num_values]
+        sources = [place for place, number in enumerate(order) if number < num_answers]
+        if self.num_asked > 1:  # not in the order of reading, which would be a text to copy
+            sources = [sources[number] for number in rng.permutation(num_answers)]
         answers = [codes[order[place]] for place in sources]
-        what = f"secret codes of the {asked}" if self.num_values > 1 else f"secret code of the {asked}"
-        verb = "are" if self.num_values > 1 else "is"
-        question = f"Question: What {verb} the {what}?\nAnswer: The {what} {verb}"
-        return Story(sentences, question, answers, sources)
+        asked = [owners[order[place]] for place in sources]
+        if self.num_asked == 1:
+            what = (
+                f"secret codes of the {asked[0]}" if self.num_values > 1 else f"secret code of the {asked[0]}"
+            )
+            verb = "are" if self.num_values > 1 else "is"
+            return Story(
+                sentences, f"Question: What {verb} the {what}?\nAnswer: The {what} {verb}", answers, sources
+            )
+        listed = f"{', '.join(f'the {name}' for name in asked[:-1])} and the {asked[-1]}"
+        told = [f"The secret code of the {name} is" for name in asked]
+        question = f"Question: What are the secret codes of {listed}?\nAnswer: {told[0]}"
+        return Story(sentences, question, answers, sources, [f". {text}" for text in told[1:]])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -343,8 +369,8 @@ def _compose(
     context += "".join(f"{word} " for word in words[done:])
     context = f"{context.rstrip()}\n\n{story.question}"
     marked: list[tuple[int, int]] = []
-    for answer in story.answers:
-        context += ", " if marked else " "
+    for joint, answer in story.told():
+        context += joint
         marked.append((len(context), len(context) + len(answer)))
         context += answer
     for answer, source in zip(story.answers, story.sources, strict=True):

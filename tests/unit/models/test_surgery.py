@@ -357,3 +357,23 @@ def test_convolutions_of_new_mixers_begin_as_the_identity() -> None:
     x = torch.randn(2, 7, conv.weight.shape[0])
     y, _ = causal_conv(x, conv.weight, conv.bias, activation="silu")
     assert torch.equal(y, torch.nn.functional.silu(x))
+
+
+def test_the_memory_of_allmem_begins_with_the_projections_of_the_attention() -> None:
+    source = teacher()
+    student, report = convert_mixers(source, ConversionPlan(target={"type": "allmem", "window_size": 6}))
+    old, memory = source.blocks[0].mixer, student.blocks[0].mixer.mixers[1]
+    key_heads, groups = HEADS["num_kv_heads"], HEADS["num_heads"] // HEADS["num_kv_heads"]
+    assert memory.config.num_heads == key_heads
+    heads = old.q_proj.weight.unflatten(0, (key_heads, groups, -1))
+    assert torch.equal(memory.q_proj.weight, heads.mean(1).flatten(0, 1))
+    assert torch.equal(memory.k_proj.weight, old.k_proj.weight)
+    assert torch.equal(memory.v_proj.weight, old.v_proj.weight)
+    columns = old.o_proj.weight.unflatten(1, (key_heads, groups, -1))
+    assert torch.equal(memory.o_proj.weight, columns.sum(2).flatten(1, 2))
+    # they are trained like all that the source does not have
+    assert {f"layers.0.mixer.mixers.1.{name}_proj.weight" for name in "qkvo"} <= set(report.new_parameters)
+    other, _ = convert_mixers(
+        source, ConversionPlan(target={"type": "allmem", "window_size": 6, "mem_dim": 8, "mem_heads": 1})
+    )
+    assert other.blocks[0].mixer.mixers[1].q_proj.weight.shape == (8, source.config.d_model)

@@ -25,6 +25,7 @@ CASES: list[dict[str, Any]] = [
     {"type": "needle_text"},
     {"type": "needle_text", "num_distractors": 4, "text": "emma"},
     {"type": "needle_text", "num_values": 3, "num_distractors": 2, "num_digits": 6},
+    {"type": "needle_text", "num_asked": 3, "num_distractors": 1, "num_digits": 2},
     {"type": "variable_tracking_text", "num_hops": 0},
     {"type": "variable_tracking_text", "num_chains": 3, "num_hops": 3},
 ]
@@ -93,9 +94,13 @@ def read(settings: dict[str, Any], text: str) -> list[str]:
     """The answers, from the words before the question alone."""
     book, question = text.rsplit("Question", 1)
     if settings["type"] == "needle_text":
-        place = re.search(r"of the (\w+)", question)
-        assert place
-        return re.findall(rf"secret code of the {place[1]} is ([\d ]+\d)", book)
+        asked = re.search(r"codes? of (.+?) ?\?", question)
+        assert asked
+        return [
+            code
+            for place in re.findall(r"the (\w+)", asked[1])
+            for code in re.findall(rf"secret code of the {place} is ([\d ]+\d)", book)
+        ]
     known: dict[str, str] = {}
     for owner, number, other, before in re.findall(
         r"The locker number of (\w+) is ([\d ]+\d)|(\w+) has the same locker number as (\w+)", book
@@ -122,7 +127,7 @@ def test_the_text_determines_the_answers(settings: dict[str, Any], tokenizer: An
 def test_the_evidence_is_where_the_answer_is_stated(settings: dict[str, Any], tokenizer: Any) -> None:
     _, drawn = draw(settings, tokenizer, 12)
     for ids, spans, evidence in zip(drawn.ids, drawn.answers, drawn.evidence, strict=True):
-        assert evidence == sorted(evidence)
+        assert "num_asked" in settings or evidence == sorted(evidence)
         for (first, end), source in zip(spans, evidence, strict=True):
             assert source < first
             assert torch.equal(ids[source : source + end - first], ids[first:end])
