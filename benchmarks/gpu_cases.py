@@ -741,7 +741,9 @@ def _cross_entropy(name: str, *, positions: int, vocab: int, ignored: float, chu
     return Case("linear_cross_entropy", name, make, call)
 
 
-def _divergence(name: str, *, positions: int, vocab: tuple[int, int], chunk_size: int) -> Case:
+def _divergence(
+    name: str, *, positions: int, vocab: tuple[int, int], chunk_size: int, reverse: bool = False
+) -> Case:
     def make(generator: torch.Generator) -> Tensors:
         return {
             "hidden": _randn(generator, positions, 32),
@@ -751,7 +753,7 @@ def _divergence(name: str, *, positions: int, vocab: tuple[int, int], chunk_size
         }
 
     def call(tensors: Tensors, backend: str) -> Tensors:
-        return {"loss": linear_divergence(**tensors, chunk_size=chunk_size, backend=backend)}
+        return {"loss": linear_divergence(**tensors, reverse=reverse, chunk_size=chunk_size, backend=backend)}
 
     return Case("linear_divergence", name, make, call)
 
@@ -885,6 +887,7 @@ CASES: tuple[Case, ...] = (
     _divergence("one vocabulary", positions=70, vocab=(101, 101), chunk_size=16),
     _divergence("a larger teacher", positions=40, vocab=(96, 101), chunk_size=64),
     _divergence("a larger student", positions=40, vocab=(104, 101), chunk_size=13),
+    _divergence("reversed", positions=40, vocab=(101, 101), chunk_size=13, reverse=True),
     _ttt("linear net", tokens=70),
     _ttt("linear net, packed, open mini-batches", lengths=(17, 0, 1, 20), positions=(0, 3, 7, 5)),
     _ttt("net with a hidden layer", tokens=37, hidden=24, positions=(2, 2)),

@@ -12,6 +12,8 @@ from .base_conv import BaseConv, BaseConvConfig
 from .based import BasedAttention, BasedConfig
 from .contract import MixerConfig, TokenMixer, suggest
 from .fast_weight_memory import FastWeightMemory, FastWeightMemoryConfig
+from .forgetting_attention import ForgettingAttention, ForgettingAttentionConfig
+from .gated_attention import GatedAttention, GatedAttentionConfig
 from .gated_linear_attention import GatedLinearAttention, GatedLinearAttentionConfig
 from .gated_slot_attention import GatedSlotAttention, GatedSlotConfig
 from .lact import LaCT, LaCTConfig
@@ -165,6 +167,8 @@ register_mixer("attention", Attention, AttentionConfig)
 register_mixer("base_conv", BaseConv, BaseConvConfig)
 register_mixer("based", BasedAttention, BasedConfig)
 register_mixer("fast_weight_memory", FastWeightMemory, FastWeightMemoryConfig)
+register_mixer("forgetting_attention", ForgettingAttention, ForgettingAttentionConfig)
+register_mixer("gated_attention", GatedAttention, GatedAttentionConfig)
 register_mixer("gated_linear_attention", GatedLinearAttention, GatedLinearAttentionConfig)
 register_mixer("gsa", GatedSlotAttention, GatedSlotConfig)
 register_mixer("lact", LaCT, LaCTConfig)

@@ -98,6 +98,11 @@ SUBJECTS: dict[str, list[tuple[str, dict[str, Any]]]] = {
         ("`titans`", {"type": "titans", **HEADS}),
         ("`titans`, gates per token", {"type": "titans", **HEADS, "gates": "token"}),
     ],
+    "trimkv": [
+        FULL,
+        ("`gated_attention`", {"type": "gated_attention", **HEADS}),
+        ("`forgetting_attention`", {"type": "forgetting_attention", **HEADS}),
+    ],
     "composites": [
         FULL,
         (

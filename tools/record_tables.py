@@ -258,6 +258,21 @@ def _draw_memory(path: Path, data: Mapping[str, Any]) -> None:
         plt.close(figure)
 
 
+def soft_cache_table(argument: str, page: Path) -> str:
+    """Seconds and memory of the soft cache size beside a dense matrix, from `soft_cache_size.json`."""
+    parts = []
+    for path, record in records("soft_cache_size.json"):
+        rows = []
+        for row in record["results"]["cases"]:
+            cells = ["does not fit", "does not fit"]
+            if row["fits"]:
+                cells = [f"{1000 * row['seconds']:.3g}", readable(row["bytes"], "B")]
+            rows.append([f"{row['tokens']:,}", row["form"], *cells])
+        header = ["tokens", "form", "ms, forward and backward", "memory"]
+        parts.append(markdown(header, rows) + "\n" + provenance(path, record, page))
+    return _section("Measured: soft cache size", parts)
+
+
 def record_table(argument: str, page: Path) -> str:
     """All records that are there, with their commands."""
     rows = []
@@ -336,6 +351,7 @@ TABLES: dict[str, Callable[[str, Path], str]] = {
     "loading": loading_table,
     "conversion": conversion_table,
     "kernels": kernel_table,
+    "soft_cache_size": soft_cache_table,
     "stateful": stateful_table,
     "training_memory": memory_table,
     "records": record_table,

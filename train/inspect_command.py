@@ -6,18 +6,36 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from .command_parts import DType, check_output, device_name, table, write_if_asked
+from .command_parts import DType, check_output, device_name, model_place, table, write_if_asked
+
+_MOST_DRAWN = 2048  # tokens of a map, which grows with their square
 
 
-def inspect(model: str, num_tokens: int = 4096, dtype: DType = "float32") -> str:
+def inspect(
+    model: str,
+    num_tokens: int = 4096,
+    dtype: DType = "float32",
+    retention: str | None = None,
+    text: str = "emma",
+    budget: int = 64,
+    buffer: int = 1,
+) -> str:
     """Parameters, state bytes and FLOPs per token of every layer, at one context length. Reads no weights.
+
+    With `retention` it reads them, and draws what the retention gates of a model keep of a text.
 
     Args:
         model: folder of a model, a .gguf file, "smollm2-135m", a YAML file that describes one, or the name of
             a shipped one.
         num_tokens: context length.
         dtype: of the activations; the keys and values of a window are stored in it.
+        retention: .html file for the page about the gates.
+        text: bundled text whose first `num_tokens` tokens (2,048 at most) the gates read.
+        budget: tokens that each head keeps.
+        buffer: tokens between two evictions.
     """
+    if retention is not None:
+        return _draw_retention(model, retention, text, min(num_tokens, _MOST_DRAWN), budget, buffer)
     import torch
 
     from ..models.checkpoints.fetch import locate
@@ -28,6 +46,35 @@ def inspect(model: str, num_tokens: int = 4096, dtype: DType = "float32") -> str
     is_checkpoint = Path(source).is_dir() or Path(source).suffix in (".gguf", ".ckpt")
     described = read_model_config(source) if is_checkpoint else _read_yaml_config(source)
     return facts_table(inspect_model(described, num_tokens, dtype=getattr(torch, dtype)))
+
+
+def _draw_retention(model: str, output: str, text: str, num_tokens: int, budget: int, buffer: int) -> str:
+    """Writes the page and returns its main figures."""
+    if Path(output).suffix != ".html":
+        raise ValueError(f"the page of --retention must be an .html file, got {output!r}.")
+    check_output(output)
+    from ..models.checkpoints.folder import load_model
+    from ..records import write_text_atomically
+    from .conversion.run import book_tokens
+    from .data.tokenizers import load_tokenizer
+    from .report_page import render_page
+    from .retention_map import punctuation_lift, retention_facts, retention_sections
+
+    place = model_place(model)
+    tokenizer = load_tokenizer(place)
+    tokens = book_tokens(tokenizer, text)[None, :num_tokens]
+    facts = retention_facts(load_model(place).eval(), tokens, budget, buffer=buffer)
+    pieces = [tokenizer.decode([token]) for token in tokens[0].tolist()]
+    title = f"What {Path(model).resolve().name} keeps of {text}"
+    write_text_atomically(Path(output), render_page(title, retention_sections(facts, pieces)))
+    rows = [("layer", "soft cache size / budget", "half-life (median)")]
+    lives = facts.half_lives.unflatten(1, (len(facts.layers), -1))
+    for place_of, layer in enumerate(facts.layers):
+        median = float(lives[:, place_of].median())
+        rows.append((str(layer), f"{float(facts.layer_sizes[place_of]):.2f}", f"{median:,.0f}"))
+    lift = punctuation_lift(facts, pieces)
+    held = f"punctuation is held {lift:.2f} times as often as any token"
+    return f"{table(rows)}\n\n{held}\npage written to {output}"
 
 
 def list_all(what: Literal["all", "mixers", "texts", "configs", "kernels"] = "all") -> str:

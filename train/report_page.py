@@ -17,7 +17,8 @@ img{max-width:100%} pre{background:#f4f4f4;padding:1rem;overflow-x:auto}
 table{border-collapse:collapse;margin:1rem 0;font-size:14px} caption{text-align:left;font-weight:bold}
 td,th{border:1px solid #ccc;padding:.2rem .6rem;text-align:right}
 td:first-child,th:first-child{text-align:left}
-td{overflow-wrap:anywhere}"""
+td{overflow-wrap:anywhere}
+img.map{width:32%} .strip{white-space:pre-wrap}"""
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,22 @@ class Plot:
 
 
 @dataclass(frozen=True)
+class Heatmap:
+    """A picture of a matrix.
+
+    Attributes:
+        title: what is shown.
+        x_label, y_label: of columns and rows.
+        values: rows of numbers from 0 to 1; 1 is dark.
+    """
+
+    title: str
+    x_label: str
+    y_label: str
+    values: Sequence[Sequence[float]]
+
+
+@dataclass(frozen=True)
 class Section:
     """A part of a page.
 
@@ -70,6 +87,8 @@ class Section:
         plots: pictures; each is followed by its numbers.
         table: rows of cells, header first.
         lines: text in fixed width, such as a table that a command printed.
+        heatmaps: pictures of matrices, beside one another.
+        strip: pieces of a text, each with a number from 0 to 1 that colours its background.
     """
 
     title: str
@@ -77,6 +96,8 @@ class Section:
     plots: Sequence[Plot] = ()
     table: Sequence[Sequence[str]] = ()
     lines: str = ""
+    heatmaps: Sequence[Heatmap] = ()
+    strip: Sequence[tuple[str, float]] = ()
 
 
 def render_page(title: str, sections: Sequence[Section], *, note: str = "") -> str:
@@ -101,6 +122,13 @@ def render_page(title: str, sections: Sequence[Section], *, note: str = "") -> s
             picture = base64.b64encode(draw(plot, colours)).decode()
             parts.append(f'<img alt="{html.escape(plot.title)}" src="data:image/png;base64,{picture}">')
             parts.append(f"<details><summary>numbers</summary>{_table(_numbers(plot))}</details>")
+        for heatmap in section.heatmaps:
+            picture = base64.b64encode(draw_heatmap(heatmap)).decode()
+            parts.append(
+                f'<img class="map" alt="{html.escape(heatmap.title)}" src="data:image/png;base64,{picture}">'
+            )
+        if section.strip:
+            parts.append(f'<p class="strip">{"".join(_coloured(*piece) for piece in section.strip)}</p>')
         if section.table:
             parts.append(_table(section.table))
         if section.lines:
@@ -155,6 +183,31 @@ def draw(plot: Plot, colours: Mapping[str, str] | None = None) -> bytes:
     picture = io.BytesIO()
     figure.savefig(picture, dpi=110, format="png")
     return picture.getvalue()
+
+
+def draw_heatmap(heatmap: Heatmap) -> bytes:
+    """A matrix as a PNG picture."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(3.6, 3.6))
+    FigureCanvasAgg(figure)
+    axis: Any = figure.add_subplot()
+    axis.imshow(heatmap.values, cmap="Greys", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+    axis.set_title(heatmap.title, fontsize=9)
+    axis.set_xlabel(heatmap.x_label, fontsize=8)
+    axis.set_ylabel(heatmap.y_label, fontsize=8)
+    axis.tick_params(labelsize=7)
+    figure.tight_layout()
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=110, format="png")
+    return picture.getvalue()
+
+
+def _coloured(text: str, share: float) -> str:
+    """A piece of text on a background that says how much of it is left."""
+    shown = html.escape(text).replace("\n", "<br>")
+    return f'<span style="background:rgba(220,110,0,{share:.2f})" title="{share:.2f}">{shown}</span>'
 
 
 def _colours(sections: Sequence[Section]) -> dict[str, str]:

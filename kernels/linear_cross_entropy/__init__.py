@@ -67,6 +67,7 @@ def linear_divergence(
     teacher_hidden: Tensor,
     teacher_weight: Tensor,
     *,
+    reverse: bool = False,
     chunk_size: int | None = None,
     backend: str = "auto",
 ) -> Tensor:
@@ -79,6 +80,7 @@ def linear_divergence(
         weight: (V, M), the student's head.
         teacher_hidden: (N, M'), of the teacher.
         teacher_weight: (V', M'). Vocabularies may differ by padding at the end; the surplus is ignored.
+        reverse: KL(student || teacher) instead.
         chunk_size: positions worked on at once; changes speed and memory, not the result.
         backend: "auto", "reference" or "torch".
 
@@ -97,8 +99,8 @@ def linear_divergence(
         )
     chunk_size = _chunk_size(chunk_size, weight)
     if choose_backend("linear_divergence", backend, ("torch",)) == "reference":
-        return linear_divergence_reference(hidden, weight, teacher_hidden, teacher_weight)
-    return linear_divergence_torch(hidden, weight, teacher_hidden, teacher_weight, chunk_size)
+        return linear_divergence_reference(hidden, weight, teacher_hidden, teacher_weight, reverse)
+    return linear_divergence_torch(hidden, weight, teacher_hidden, teacher_weight, reverse, chunk_size)
 
 
 def _check_head(hidden_name: str, hidden: Tensor, weight_name: str, weight: Tensor) -> None:

@@ -6,6 +6,7 @@ For a chunk of positions with logits z = h W^T, probabilities q and the wanted d
 
 so nothing of a chunk has to be kept for the backward pass, which only multiplies by the incoming gradient.
 Kept are the gradients, (N, M) and (V, M): logits of one chunk exist at a time, (N, V) never.
+The divergence the other way round, KL(q || p), has q (log q - log p - KL) in the place of q - p.
 """
 
 from collections.abc import Callable
@@ -48,11 +49,17 @@ def linear_cross_entropy_torch(
 
 
 def linear_divergence_torch(
-    hidden: Tensor, weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor, chunk_size: int
+    hidden: Tensor,
+    weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    reverse: bool,
+    chunk_size: int,
 ) -> Tensor:
     """Chunked form of `memzoo.kernels.linear_divergence`; arguments are already checked."""
     teacher_hidden, teacher_weight = teacher_hidden.detach(), teacher_weight.detach()
-    plan = (chunk_size, _product_dtype(hidden), _product_dtype(teacher_hidden), *_needed(hidden, weight))
+    dtypes = _product_dtype(hidden), _product_dtype(teacher_hidden)
+    plan = (reverse, chunk_size, *dtypes, *_needed(hidden, weight))
     if is_compiling():
         total = _divergence_op(hidden, weight, teacher_hidden, teacher_weight, *plan)[0]
     else:
@@ -128,6 +135,7 @@ def _divergence_sums(
     weight: Tensor,
     teacher_hidden: Tensor,
     teacher_weight: Tensor,
+    reverse: bool,
     chunk_size: int,
     dtype: torch.dtype,
     teacher_dtype: torch.dtype,
@@ -144,6 +152,14 @@ def _divergence_sums(
         for rows in _row_blocks(logits):
             log_q = _log_softmax(logits[rows])
             log_p = _log_softmax(teacher_logits[rows]).to(log_q.dtype)
+            if reverse:
+                q = log_q.exp()
+                excess = log_q.sub_(log_p)
+                each = (q * excess).sum(1, keepdim=True)
+                parts.append(each.sum())
+                if d_logits is not None:
+                    d_logits[rows] = excess.sub_(each).mul_(q)
+                continue
             p = log_p.exp()
             parts.append(log_p.sub_(log_q).mul_(p).sum())
             if d_logits is not None:
@@ -214,8 +230,8 @@ _divergence_op = torch.library.custom_op(
     "memzoo::linear_divergence",
     _divergence_sums,
     mutates_args=(),
-    schema="(Tensor hidden, Tensor weight, Tensor teacher_hidden, Tensor teacher_weight, SymInt chunk_size, "
-    "ScalarType dtype, ScalarType teacher_dtype, bool need_hidden, bool need_weight) "
+    schema="(Tensor hidden, Tensor weight, Tensor teacher_hidden, Tensor teacher_weight, bool reverse, "
+    "SymInt chunk_size, ScalarType dtype, ScalarType teacher_dtype, bool need_hidden, bool need_weight) "
     "-> (Tensor, Tensor, Tensor)",
 )
 

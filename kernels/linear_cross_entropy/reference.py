@@ -2,6 +2,7 @@
 
 cross-entropy:  mean over labelled n of  log sum_v exp(z_nv) - z_n,target(n),   z_n = W h_n
 divergence:     mean over n of  sum_v p_nv (log p_nv - log q_nv),   q_n = softmax(W h_n), p_n the teacher's
+reversed:       mean over n of  sum_v q_nv (log q_nv - log p_nv)
 
 Logits have the dtype of the product, as those of a plain model do; what follows is float32 or float64.
 """
@@ -29,7 +30,7 @@ def linear_cross_entropy_reference(
 
 
 def linear_divergence_reference(
-    hidden: Tensor, weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor
+    hidden: Tensor, weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor, reverse: bool
 ) -> Tensor:
     """The definition of `memzoo.kernels.linear_divergence` on checked arguments."""
     acc = torch.float64 if hidden.dtype == torch.float64 else torch.float32
@@ -39,5 +40,6 @@ def linear_divergence_reference(
         log_q = F.linear(hidden[n], weight[:width]).to(acc).log_softmax(0)  # (V,)
         teacher = F.linear(teacher_hidden[n].detach(), teacher_weight[:width].detach())
         log_p = teacher.to(acc).log_softmax(0)
-        total = total + (log_p.exp() * (log_p - log_q)).sum()
+        first, second = (log_q, log_p) if reverse else (log_p, log_q)
+        total = total + (first.exp() * (first - second)).sum()
     return total / max(1, hidden.shape[0])

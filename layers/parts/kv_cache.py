@@ -1,6 +1,6 @@
-"""Keys and values kept verbatim: a bounded ring with sinks, and a cache that grows.
+"""Keys and values kept verbatim: a bounded ring with sinks, and caches that grow.
 
-Both write the token at position p to a slot that depends on p alone and leave unread slots zero, so equal
+They write the token at position p to a slot that depends on p alone and leave unread slots zero, so equal
 histories give equal states however they were cut. Keys are stored after the rotation by their absolute
 position.
 """
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...kernels import KVPrefix
+from ...kernels import DecayPrefix, KVPrefix
 from ..contract import SequenceContext, State
 
 # Dimensions: N sequences, S sinks, W window, P tokens of the past, H kv heads, D key width, E value width, T
@@ -132,6 +132,70 @@ class GrowingCache(State):
             return KVPrefix(self.key[:, :longest], self.value[:, :longest], ctx.num_seen)
         slot = (self.num_tokens[:, None] - longest + torch.arange(longest)).clamp(min=0)
         return KVPrefix(_take(self.key, slot, ctx), _take(self.value, slot, ctx), ctx.num_seen)
+
+
+@dataclass(kw_only=True)
+class DecayedCache(GrowingCache):
+    """Every token ever read, with the log-decay it brought.
+
+    Attributes:
+        log_decay: (N, P, A), one per key/value head or per query head; float32, float64 beside float64.
+    """
+
+    log_decay: Tensor
+
+    @classmethod
+    def empty_decayed(
+        cls,
+        batch_size: int,
+        num_heads: int,
+        head_dim: int,
+        num_decays: int,
+        *,
+        device: torch.device | str | None,
+        dtype: torch.dtype,
+    ) -> DecayedCache:
+        """A cache without slots."""
+        kept = GrowingCache.empty(batch_size, num_heads, head_dim, head_dim, device=device, dtype=dtype)
+        wide = torch.promote_types(dtype, torch.float32)
+        return cls(
+            num_tokens=kept.num_tokens,
+            key=kept.key,
+            value=kept.value,
+            log_decay=torch.zeros(batch_size, 0, num_decays, device=device, dtype=wide),
+        )
+
+    def append_decayed(
+        self, key: Tensor, value: Tensor, log_decay: Tensor, ctx: SequenceContext
+    ) -> DecayedCache:
+        """The cache after the tokens of this call; log_decay (B, T, A) in internal form."""
+        kept = self.append(key, value, ctx)
+        longest = int(kept.num_tokens.max()) if kept.batch_size else 0
+        return DecayedCache(
+            num_tokens=kept.num_tokens,
+            key=kept.key,
+            value=kept.value,
+            log_decay=_write(_grown(self.log_decay, longest), log_decay, ctx, None),
+        )
+
+    def decayed_prefix(self, ctx: SequenceContext) -> DecayPrefix:
+        """The whole past in order of time, ending at the last token read."""
+        kept = self.prefix(ctx)
+        longest = kept.k.shape[1]
+        if ctx.uniform_num_seen is not None:
+            return DecayPrefix(kept.k, kept.v, self.log_decay[:, :longest], kept.num_seen)
+        slot = (self.num_tokens[:, None] - longest + torch.arange(longest)).clamp(min=0)
+        return DecayPrefix(kept.k, kept.v, _take(self.log_decay, slot, ctx), kept.num_seen)
+
+    def slots(self, ctx: SequenceContext) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Keys, values and log-decays (N, P, ...) up to the longest sequence, and which count, for
+        `decode_attention`: all, or (N, P).
+        """
+        longest = int(self.num_tokens.max())
+        valid = None
+        if ctx.uniform_num_seen is None:
+            valid = (torch.arange(longest) < self.num_tokens[:, None]).to(self.key.device)
+        return self.key[:, :longest], self.value[:, :longest], self.log_decay[:, :longest], valid
 
 
 def growing_slots(num_tokens: int) -> int:

@@ -1,6 +1,7 @@
 """Conversion of pretrained models: the plan, the surgery on mixers, and the report of what it did."""
 
 from .finite import find_not_finite, first_not_finite
+from .gates import attach_retention_gates, gate_weights, load_gates, save_gates
 from .plan import (
     ConversionPlan,
     LayerSelection,
@@ -21,6 +22,7 @@ __all__ = [
     "ParityReport",
     "StackedSource",
     "WeightSource",
+    "attach_retention_gates",
     "check_parity",
     "complete_entry",
     "convert_mixers",
@@ -29,11 +31,14 @@ __all__ = [
     "expand_gqa",
     "find_not_finite",
     "first_not_finite",
+    "gate_weights",
     "layer_errors",
+    "load_gates",
     "memory_off",
     "other_mixers",
     "register_weight_map",
     "relative_error",
+    "save_gates",
     "select_layers",
     "weight_map",
     "window_of",

@@ -181,6 +181,8 @@ def exact_reach(mixer: MixerConfig) -> int | None:
     """
     if mixer.type == "attention":
         return None
+    if mixer.type == "gated_attention":
+        return 1  # a token has no age for itself; what the gates say of others begins small, not at 0
     if mixer.type == "parallel":  # coefficients per channel begin at 0
         inner: tuple[MixerConfig, ...] = getattr(mixer, "mixers", ())
         return exact_reach(inner[0]) if getattr(mixer, "combine", "") == "channel" else 0

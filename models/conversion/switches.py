@@ -13,7 +13,7 @@ from ...layers.contract import LayerOutput, TokenMixer
 from ...layers.parallel import Parallel
 from ..decoder import MemoryLM
 
-_MEMORYLESS = ("attention", "sliding_window")
+_MEMORYLESS = ("attention", "forgetting_attention", "sliding_window")
 
 
 @contextmanager
@@ -24,8 +24,9 @@ def memory_off(model: MemoryLM, layers: Sequence[int] | None = None) -> Iterator
         model: comes back as it was.
         layers: blocks to look at; None takes all.
 
-    Mixers with a memory beside a window (lolcats, parallel) go on with the window; the output of mixers that
-    are nothing but a memory becomes 0, inside parallel ones as well; attention and windows are left alone.
+    Mixers with a memory beside a window (lolcats, parallel) go on with the window; retention gates
+    (gated_attention) are ignored; the output of mixers that are nothing but a memory becomes 0, inside
+    parallel ones as well; attention and windows are left alone.
 
     Raises:
         ValueError: none of these mixers has a memory.

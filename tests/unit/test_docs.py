@@ -27,7 +27,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROO
 EXAMPLES = [
     "docs/evaluate.md",
     "docs/models.md",
-    *(f"docs/mixers/{name}.md" for name in ("attention", "gated", "linear", "lolcats", "ttt")),
+    *(f"docs/mixers/{name}.md" for name in ("attention", "gated", "linear", "lolcats", "trimkv", "ttt")),
 ]
 EXAMPLES.append("docs/mixers/composites.md")
 

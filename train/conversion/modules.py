@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any, NoReturn
 
 import torch
@@ -25,7 +26,8 @@ from ..data.mqar import IGNORE_INDEX
 from ..optim import OptimizerConfig, build_optimizer, lr_factor
 from ..sizes import Sizes, draw_sizes, step_generator
 from .losses import attention_transfer_loss, hidden_alignment_loss
-from .teacher import TeacherReadings, last_hidden
+from .retention import capacity_loss, log_retentions, soft_sizes
+from .teacher import TeacherReadings, last_output
 
 # Dimensions: B rows, T tokens, M model width, V vocabulary
 
@@ -268,18 +270,34 @@ class AlignmentModule(StudentModule):
         return torch.stack(parts).sum()
 
 
+@dataclass(frozen=True)
+class Capacity:
+    """The budget of retention gates and how going over it counts; see `capacity_loss`.
+
+    Attributes:
+        budget: tokens per head, or below 1 their share of the window.
+        normalizer: "active" or "paper".
+        scope: "head" or "global".
+    """
+
+    budget: float
+    normalizer: str = "active"
+    scope: str = "head"
+
+
 class DistillModule(StudentModule):
     """kl KL(teacher || student) + ce cross-entropy of the next token, per token, temperature 1.
 
     No logits of the whole text are made: losses and gradients come a few tokens at a time.
 
     Args:
-        loss: `kl` and `ce` -> weight.
+        loss: `kl`, `reverse_kl` (KL(student || teacher)), `ce` and `capacity` -> weight.
         readings: what this teacher has read; None keeps none.
+        capacity: with the loss `capacity`, the budget of the student's retention gates.
         options: as in `StudentModule`.
 
     Raises:
-        ValueError: both weights 0, or one below it.
+        ValueError: all weights 0, one below it, or a loss `capacity` without its budget.
     """
 
     def __init__(
@@ -290,34 +308,60 @@ class DistillModule(StudentModule):
         loss: Mapping[str, float],
         *,
         readings: TeacherReadings | None = None,
+        capacity: Capacity | None = None,
         **options: Any,
     ) -> None:
         super().__init__(student, teacher, optimizer, **options)
         self.readings = TeacherReadings() if readings is None else readings
-        self.kl_weight, self.ce_weight = loss.get("kl", 0.0), loss.get("ce", 0.0)
-        if self.kl_weight < 0 or self.ce_weight < 0 or self.kl_weight + self.ce_weight == 0:
-            raise ValueError(
-                f"the weights of kl and ce must be >= 0 and not both 0, got {self.kl_weight} and "
-                f"{self.ce_weight}."
-            )
+        self.weights = {name: loss.get(name, 0.0) for name in ("kl", "reverse_kl", "ce", "capacity")}
+        self.capacity = capacity
+        if min(self.weights.values()) < 0 or not any(self.weights.values()):
+            given = ", ".join(f"{name} {weight}" for name, weight in self.weights.items())
+            raise ValueError(f"the weights of the losses must be >= 0 and not all 0, got {given}.")
+        if self.weights["capacity"] and capacity is None:
+            raise ValueError("the loss capacity needs a budget. Give capacity=Capacity(budget).")
 
     def training_step(self, batch: TokenBatch, batch_idx: int) -> Tensor:
         self.num_tokens += batch.num_tokens
         asked = (batch.labels != IGNORE_INDEX).flatten()  # (B T,)
-        hidden = last_hidden(self.student, batch, self.overrides(self.global_step)).flatten(0, 1)[asked]
+        read = last_output(
+            self.student,
+            batch,
+            self.overrides(self.global_step),
+            return_extras=bool(self.weights["capacity"]),
+        )
+        assert read.hidden_states is not None
+        hidden = read.hidden_states[0].flatten(0, 1)[asked]
         weight = self._network.head_weight
         loss = hidden.new_zeros((), dtype=torch.float32)
-        if self.kl_weight:
-            read = self.readings.hidden(self.teacher, batch).flatten(0, 1)[asked]
-            kl = linear_divergence(hidden, weight, read, self.teacher.head_weight)
-            self.note("kl", kl, batch, in_line=True)
-            loss = loss + self.kl_weight * kl
-        if self.ce_weight:
+        if self.weights["kl"] or self.weights["reverse_kl"]:
+            known = self.readings.hidden(self.teacher, batch).flatten(0, 1)[asked]
+            for name in ("kl", "reverse_kl"):
+                if self.weights[name]:
+                    heads = (weight, known, self.teacher.head_weight)
+                    found = linear_divergence(hidden, *heads, reverse=name == "reverse_kl")
+                    self.note(name, found, batch, in_line=True)
+                    loss = loss + self.weights[name] * found
+        if self.weights["ce"]:
             ce = linear_cross_entropy(hidden, weight, batch.labels.flatten()[asked])
             self.note("ce", ce, batch, in_line=True)
-            loss = loss + self.ce_weight * ce
+            loss = loss + self.weights["ce"] * ce
+        if self.weights["capacity"]:
+            loss = loss + self.weights["capacity"] * self._over_budget(read.extras, batch)
         self.note("loss", loss, batch)
         return loss
+
+    def _over_budget(self, extras: Mapping[str, Tensor], batch: TokenBatch) -> Tensor:
+        """The capacity loss; notes it, and the mean soft cache size as a multiple of the budget."""
+        assert self.capacity is not None
+        sizes, positions, lengths = soft_sizes(log_retentions(extras), batch)
+        found = capacity_loss(sizes, positions=positions, lengths=lengths, **asdict(self.capacity))
+        self.note("capacity", found, batch, in_line=True)
+        budget = self.capacity.budget
+        if budget < 1:
+            budget *= float(lengths.double().mean())
+        self.note("size_by_budget", sizes.detach().mean() / budget, batch, in_line=True)
+        return found
 
 
 def as_tensors(history: Mapping[str, Sequence[float]]) -> dict[str, Tensor]:

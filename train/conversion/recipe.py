@@ -127,7 +127,10 @@ class ConversionRecipe:
     @property
     def last_end_to_end(self) -> Stage | None:
         """The stage whose training the control repeats."""
-        return next((stage for stage in reversed(self.all_stages) if not stage.is_alignment), None)
+        learns = (
+            stage for stage in reversed(self.all_stages) if set(stage.loss) & {"kl", "reverse_kl", "ce"}
+        )
+        return next(learns, None)
 
 
 def recall_task(recall: Mapping[str, Any]) -> tuple[TextTask, int]:
@@ -327,6 +330,13 @@ def _check_effect(stage: Stage, source: ModelConfig, hybrid: MemoryLM, layers: S
             f"{where}: train=new has nothing to train: every parameter of {kind} is taken over from the "
             "source. Use mixers."
         )
+    if "capacity" in stage.loss:
+        for index, mixer in mixers.items():
+            if not hasattr(mixer, "retention_gate"):
+                raise ValueError(
+                    f"{where}: the loss capacity is for retention gates, which {mixer.config.type} (layer "
+                    f"{index}) does not have. Take gated_attention, or leave it out."
+                )
     if "attn_out" in stage.loss:
         for index, mixer in mixers.items():
             old = build_mixer(source.mixers[index]).to("meta")

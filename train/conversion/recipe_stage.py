@@ -10,9 +10,10 @@ from typing import Any
 from ...layers.contract import suggest
 from ..optim import OptimizerConfig
 from ..sizes import check_sizes
+from .retention import NORMALIZERS, SCOPES, check_budget
 
 ALIGNMENT_LOSSES = ("mixer_out", "attn_out", "hidden")
-END_TO_END_LOSSES = ("kl", "ce")
+END_TO_END_LOSSES = ("kl", "reverse_kl", "ce", "capacity")
 TRAINABLE = ("new", "mixers", "lora", "all")
 _LONGEST_NAME = 50  # it becomes part of file names
 
@@ -25,8 +26,9 @@ class Stage:
         name: of its rows and files.
         loss: loss -> weight. Each new mixer on its teacher's hidden states: `mixer_out` (squared error of its
             output), `attn_out` (of its heads), `hidden` (length of the error of its output). Or of the whole
-            model on its own states, over labelled tokens, `kl` (divergence from the teacher) and `ce` (next
-            token).
+            model on its own states, over labelled tokens, `kl` (divergence from the teacher), `reverse_kl`
+            (the other way round), `ce` (next token), and `capacity` (what retention gates keep above
+            `budget`).
         train: "new" (parameters that the source does not have), "mixers" (all of the new mixers), "lora"
             (low-rank updates), or "all".
         steps: optimiser steps.
@@ -40,6 +42,9 @@ class Stage:
             so that the memory has to carry the rest.
         sizes: size -> smallest and largest: every step draws one for all layers (`window_size`, `num_sinks`,
             `chunk_size`), so that the model works with any.
+        budget: with `capacity`, tokens that each head may keep, or below 1 their share of the window.
+        capacity_normalizer: "active" or "paper", see `memzoo.train.conversion.retention.capacity_loss`.
+        capacity_scope: "head", or "global" for one budget of all heads and layers together.
         lora_rank: rank of the updates, with "lora"; the control gets the rank that matches its budget.
         lora_targets: linear layers that are updated.
         new_lr_scale: with "lora", rate of the new parameters as a multiple of lr; 0 freezes them.
@@ -61,6 +66,9 @@ class Stage:
     normalize: bool = True
     window_dropout: float = 0.0
     sizes: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    budget: float | None = None
+    capacity_normalizer: str = "active"
+    capacity_scope: str = "head"
     lora_rank: int = 16
     lora_targets: Sequence[str] = ("q_proj", "k_proj", "v_proj", "o_proj")
     new_lr_scale: float = 0.0
@@ -121,8 +129,23 @@ class Stage:
                 raise ValueError(f"{where}: {name} must be true or false, got {getattr(self, name)!r}.")
         if self.recompute and self.is_alignment:
             raise ValueError(f"{where}: recompute has no effect in an alignment. Leave it out.")
+        self._check_capacity(where)
         _check_names(f"{where}: lora_targets", self.lora_targets)
         self.optimizer  # noqa: B018  # raises on an unknown schedule
+
+    def _check_capacity(self, where: str) -> None:
+        if ("capacity" in self.loss) != (self.budget is not None):
+            raise ValueError(
+                f"{where}: the loss capacity and a budget belong together, got budget={self.budget!r} and "
+                f"the losses {', '.join(self.loss)}. Give both or neither."
+            )
+        if self.budget is not None:
+            check_budget(self.budget)
+        for name, known in (("capacity_normalizer", NORMALIZERS), ("capacity_scope", SCOPES)):
+            if getattr(self, name) not in known:
+                raise ValueError(
+                    f"{where}: {name} must be one of {', '.join(known)}, got {getattr(self, name)!r}."
+                )
 
     @property
     def is_alignment(self) -> bool:

@@ -221,7 +221,14 @@ def control_stage(recipe: ConversionRecipe, last: Stage, hybrid: Conversion, win
     the rank that comes nearest.
     """
     kinds = {stage.train for stage in recipe.all_stages if stage.steps}
-    stage = replace(merged_stage(recipe, last, "tune"), window_dropout=0.0, sizes={}, new_lr_scale=0.0)
+    stage = replace(
+        merged_stage(recipe, last, "tune"),
+        loss={name: weight for name, weight in last.loss.items() if name != "capacity"},
+        budget=None,
+        window_dropout=0.0,
+        sizes={},
+        new_lr_scale=0.0,
+    )
     if "all" in kinds:
         return replace(stage, train="all")
     per_rank = lora_size(window, last.lora_targets)

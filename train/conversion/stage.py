@@ -29,7 +29,7 @@ from ..callbacks import ExactResume, StopOnSignal, TrainingProgress
 from ..checkpointing import FolderCheckpointIO, newest_checkpoint
 from ..data.batches import BatchSource, ResumableLoader, TokenBatch
 from ..stopping import RunEnded
-from .modules import AlignmentModule, DistillModule, StudentModule, as_tensors
+from .modules import AlignmentModule, Capacity, DistillModule, StudentModule, as_tensors
 from .recipe_stage import Stage
 from .teacher import TeacherReadings
 from .updates import freeze_except, linear_layers, lora_size, low_rank_updates, scaled_rates
@@ -238,7 +238,12 @@ def _module(
         return AlignmentModule(
             network, teacher, stage.optimizer, layers, stage.loss, normalize=stage.normalize, **options
         )
-    return DistillModule(network, teacher, stage.optimizer, stage.loss, readings=readings, **options)
+    capacity = None
+    if stage.budget is not None:
+        capacity = Capacity(stage.budget, stage.capacity_normalizer, stage.capacity_scope)
+    return DistillModule(
+        network, teacher, stage.optimizer, stage.loss, readings=readings, capacity=capacity, **options
+    )
 
 
 def _fit(

@@ -13,7 +13,7 @@ from torch import Tensor
 from ...models.checkpoints.errors import CheckpointError
 from ...models.checkpoints.files import atomic_path
 from ...models.checkpoints.safetensors_files import read_safetensors, write_safetensors_in_place
-from ...models.decoder import MemoryLM
+from ...models.decoder import MemoryLM, ModelOutput
 from ..data.batches import TokenBatch
 
 logger = logging.getLogger(__name__)
@@ -92,20 +92,30 @@ def _checked(kept: dict[str, Tensor], path: Path) -> Tensor:
     return kept["hidden"]
 
 
-def last_hidden(
-    model: torch.nn.Module, batch: TokenBatch, overrides: Mapping[str, int] | None = None
-) -> Tensor:
+def last_hidden(model: torch.nn.Module, batch: TokenBatch) -> Tensor:
     """(B, T, M), what the head reads; the head itself is not run but for one token."""
-    out = model(
+    hidden: Tensor = last_output(model, batch).hidden_states[0]  # type: ignore[index]  # asked for
+    return hidden
+
+
+def last_output(
+    model: torch.nn.Module,
+    batch: TokenBatch,
+    overrides: Mapping[str, int] | None = None,
+    *,
+    return_extras: bool = False,
+) -> ModelOutput:
+    """What a model makes of a batch: hidden states as the head reads them, which itself reads one token."""
+    out: ModelOutput = model(
         batch.input_ids,
         mask=batch.mask,
         cu_seqlens=batch.cu_seqlens,
         overrides=overrides,
         return_hidden_states="last",
         last_only=True,
+        return_extras=return_extras,
     )
-    hidden: Tensor = out.hidden_states[0]
-    return hidden
+    return out
 
 
 def weights_digest(model: MemoryLM) -> str:

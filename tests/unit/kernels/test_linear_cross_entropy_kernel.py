@@ -15,7 +15,7 @@ from memzoo.testing import assert_close
 
 Loss = Callable[..., Tensor]
 N, V, M = 23, 17, 6
-LOSSES = ["cross_entropy", "divergence"]
+LOSSES = ["cross_entropy", "divergence", "reversed"]
 
 
 def make(name: str, dtype: torch.dtype = torch.float64, **sizes: int) -> tuple[Loss, Tensor, Tensor]:
@@ -32,7 +32,12 @@ def make(name: str, dtype: torch.dtype = torch.float64, **sizes: int) -> tuple[L
         targets[::3] = -100
         return lambda h, w, **options: linear_cross_entropy(h, w, targets, **options), hidden, weight
     teacher = draw(n, 5), draw(v + 2, 5)
-    return lambda h, w, **options: linear_divergence(h, w, *teacher, **options), hidden, weight
+    reverse = name == "reversed"
+    return (
+        lambda h, w, **options: linear_divergence(h, w, *teacher, reverse=reverse, **options),
+        hidden,
+        weight,
+    )
 
 
 def with_gradients(loss: Tensor, *inputs: Tensor) -> list[Tensor]:
@@ -210,7 +215,9 @@ def test_operations_are_declared_rightly() -> None:
         arguments = hidden.detach().requires_grad_(flags[0]), weight.detach().requires_grad_(flags[1])
         targets = torch.arange(N) % V
         torch.library.opcheck(ops.linear_cross_entropy.default, (*arguments, targets, -100, 8, wide, *flags))
-        torch.library.opcheck(ops.linear_divergence.default, (*arguments, *teacher, 8, wide, wide, *flags))
+        for reverse in (False, True):
+            given = (*arguments, *teacher, reverse, 8, wide, wide, *flags)
+            torch.library.opcheck(ops.linear_divergence.default, given)
 
 
 HIDDEN, WEIGHT, TARGETS = torch.zeros(4, M), torch.zeros(V, M), torch.zeros(4, dtype=torch.int64)

@@ -188,7 +188,7 @@ def test_refuses_unknown_parameters_and_losses() -> None:
     source = teacher()
     with pytest.raises(ValueError, match="no parameters"):
         freeze_except(source, ["layers.0.mixer.z_proj.weight"])
-    with pytest.raises(ValueError, match="not both 0"):
+    with pytest.raises(ValueError, match="not all 0"):
         DistillModule(source, source, OptimizerConfig(), {"kl": 0.0, "ce": 0.0})
 
 
