@@ -26,6 +26,7 @@ GATED = "gated_attention"
 WEIGHTS_NAME = "gates.safetensors"
 CONFIG_NAME = "gates.json"
 KIND = "retention_gates"
+GATE_PREFIX = "layers.{}.mixer.retention_gate."
 _PART = ".mixer.retention_gate."
 _GATE_FIELDS = ("gate", "gate_width", "gate_activation", "gate_bias", "train_length")
 
@@ -95,22 +96,14 @@ def load_gates(model: MemoryLM, folder: str | os.PathLike[str], *, strict: bool 
         CheckpointError: no such folder, one that is damaged, or of something else.
         ValueError: the gates are of another model.
     """
-    folder = Path(folder)
-    manifest = verify_folder(folder, required=True)
-    if manifest is None or manifest.get("kind") != KIND:
-        raise CheckpointError(
-            f"{folder} holds no retention gates. Give a folder that save_gates has written."
-        )
-    facts, saved = read_json(folder / CONFIG_NAME), read_safetensors(folder / WEIGHTS_NAME)
-    entries = facts.get("layers")
-    if not isinstance(entries, dict) or not all(isinstance(entry, dict) for entry in entries.values()):
-        raise CheckpointError(f"{folder / CONFIG_NAME} does not say which layers the gates are of.")
+    facts, saved = read_gates(folder)
+    entries = facts["layers"]
     if not gate_weights(model):
         model = _with_gates(model, entries, facts.get("base"))
     own = gate_weights(model)
     problems = [f"{name} is missing" for name in own if name not in saved]
     problems += [f"{name} has no place" for name in saved if name not in own]
-    if strict and not problems and entries != _facts(model):
+    if strict and not problems and _without_beginnings(entries) != _without_beginnings(_facts(model)):
         problems = ["the sizes of the layers differ"]
     if strict and problems:
         raise ValueError(
@@ -127,6 +120,25 @@ def load_gates(model: MemoryLM, folder: str | os.PathLike[str], *, strict: bool 
         for name in own.keys() & saved.keys():
             own[name].copy_(saved[name])
     return model
+
+
+def read_gates(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What saved gates belong to, and their weights.
+
+    Raises:
+        CheckpointError: no such folder, one that is damaged, or of something else.
+    """
+    folder = Path(folder)
+    manifest = verify_folder(folder, required=True)
+    if manifest is None or manifest.get("kind") != KIND:
+        raise CheckpointError(
+            f"{folder} holds no retention gates. Give a folder that save_gates has written."
+        )
+    facts = read_json(folder / CONFIG_NAME)
+    entries = facts.get("layers")
+    if not isinstance(entries, dict) or not all(isinstance(entry, dict) for entry in entries.values()):
+        raise CheckpointError(f"{folder / CONFIG_NAME} does not say which layers the gates are of.")
+    return facts, read_safetensors(folder / WEIGHTS_NAME)
 
 
 def _with_gates(model: MemoryLM, entries: Mapping[str, Mapping[str, Any]], base: Any) -> MemoryLM:
@@ -146,6 +158,14 @@ def _facts(model: MemoryLM) -> dict[str, Any]:
         str(index): {name: mixer.to_dict()[name] for name in fields}
         for index, mixer in enumerate(model.config.mixers)
         if mixer.type == GATED
+    }
+
+
+def _without_beginnings(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The facts without what gates begin with, which matters no more once they are filled."""
+    return {
+        index: {name: value for name, value in entry.items() if name not in ("gate_bias", "train_length")}
+        for index, entry in entries.items()
     }
 
 

@@ -243,7 +243,7 @@ def test_gates_are_saved_alone_and_come_back(tmp_path: Path) -> None:
     numbers = sum(parameter.numel() for parameter in gate_weights(gated).values())
     assert (tmp_path / "gates" / "gates.safetensors").stat().st_size < 4 * numbers + 1024
     tokens = batch().input_ids
-    for model in (source, attach_retention_gates(source, [1], gate_width=8, gate_bias=2.0)):
+    for model in (source, attach_retention_gates(source, [1], gate_width=8)):
         assert torch.equal(load_gates(model, tmp_path / "gates")(tokens).logits, gated(tokens).logits)
     assert not gate_weights(source)
     low = load_gates(base().bfloat16(), tmp_path / "gates")
