@@ -24,6 +24,7 @@ from .mamba2 import Mamba2, Mamba2Config
 from .mamba3 import Mamba3, Mamba3Config
 from .mlstm import MLSTM, MLSTMConfig
 from .parallel import Parallel, ParallelConfig
+from .policy_attention import PolicyAttention, PolicyAttentionConfig
 from .presets import PRESETS
 from .sequential import Sequential, SequentialConfig
 from .sliding_window import SlidingWindowAttention, SlidingWindowConfig
@@ -179,6 +180,7 @@ register_mixer("mamba2", Mamba2, Mamba2Config)
 register_mixer("mamba3", Mamba3, Mamba3Config)
 register_mixer("mlstm", MLSTM, MLSTMConfig)
 register_mixer("parallel", Parallel, ParallelConfig)
+register_mixer("policy_attention", PolicyAttention, PolicyAttentionConfig)
 register_mixer("sequential", Sequential, SequentialConfig)
 register_mixer("sliding_window", SlidingWindowAttention, SlidingWindowConfig)
 register_mixer("titans", Titans, TitansConfig)

@@ -103,6 +103,14 @@ SUBJECTS: dict[str, list[tuple[str, dict[str, Any]]]] = {
         ("`gated_attention`", {"type": "gated_attention", **HEADS}),
         ("`forgetting_attention`", {"type": "forgetting_attention", **HEADS}),
     ],
+    "policy_attention": [
+        FULL,
+        ("`policy_attention`, `streaming_llm` 1,024", {"type": "policy_attention", **HEADS}),
+        (
+            "`policy_attention`, `tova` 256",
+            {"type": "policy_attention", **HEADS, "policy": {"type": "tova", "budget": 256}},
+        ),
+    ],
     "composites": [
         FULL,
         (

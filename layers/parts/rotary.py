@@ -96,6 +96,10 @@ class Rotary:
         angles = torch.cat([angles, angles], dim=-1).unsqueeze(-2)
         return angles.cos() * amplitude, angles.sin() * amplitude
 
+    def frequencies(self, device: torch.device, dtype: torch.dtype = torch.float64) -> Tensor:
+        """(head_dim / 2,) angle per position of each pair of channels."""
+        return self._frequencies(device, dtype)[0]
+
     def rotate(self, x: Tensor, ctx: SequenceContext) -> Tensor:
         """Rotates x (B, T, H, head_dim) by the positions of the call; computed in float32, returned in the
         dtype of x.

@@ -17,6 +17,7 @@ import pytest
 
 from memzoo import cli, configs
 from memzoo.layers import list_mixers, mixer_config
+from memzoo.layers.policies import PRESETS as POLICIES
 from memzoo.layers.presets import PRESETS
 from memzoo.layers.registry import _MIXERS
 from memzoo.models.config import MLP_TYPES
@@ -29,7 +30,7 @@ EXAMPLES = [
     "docs/models.md",
     *(f"docs/mixers/{name}.md" for name in ("attention", "gated", "linear", "lolcats", "trimkv", "ttt")),
 ]
-EXAMPLES.append("docs/mixers/composites.md")
+EXAMPLES += ["docs/mixers/composites.md", "docs/mixers/policy_attention.md", "docs/policies.md"]
 
 
 def name_of(page: Path) -> str:
@@ -167,7 +168,8 @@ def test_types_are_registered(page: Path) -> None:
 
     text = page.read_text(encoding="utf-8")
     own = set(re.findall(r"register_mixer\(\"(\w+)\"", text))
-    known = {*list_mixers(), *MLP_TYPES, *DATA_TYPES, *MODEL_TYPES, *TASKS, *TEXT_TASKS, *own}
+    mixers = {*list_mixers(), *POLICIES, *MLP_TYPES}
+    known = {*mixers, *DATA_TYPES, *MODEL_TYPES, *TASKS, *TEXT_TASKS, *own}
     named = set(re.findall(r"\btype\"?: \"?(\w+)\"?(?=[,}\n])", text))
     assert named <= known, sorted(named - known)
 

@@ -1,0 +1,92 @@
+"""Which entries stay where the answer is more than "the best of every head"."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .entries import Entries
+
+# Dimensions: B sequences, G key/value heads, C entries
+
+
+class Selector:
+    """Chooses from scores; heads may end with unequal numbers of entries."""
+
+    def width(self, budget: int, num_groups: int) -> int:
+        """The most entries that one head may keep."""
+        raise NotImplementedError(f"{type(self).__name__} does not implement width")
+
+    def keep(self, scores: Tensor, entries: Entries, budget: int) -> Tensor:
+        """(B, G, C) True where an entry stays.
+
+        Args:
+            scores: (B, G, C), +inf where an entry must stay, -inf in empty slots.
+            entries: what is scored, sorted by position, empty slots last.
+            budget: entries of a head on average.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not implement keep")
+
+
+@dataclass(frozen=True)
+class HeadAdaptive(Selector):
+    """Heads with higher scores keep more (AdaKV, Feng et al., 2407.11550).
+
+    The scores of a layer are compared over its heads; every head first keeps its own best share.
+
+    Attributes:
+        safeguard: that share of the budget, at least one entry.
+    """
+
+    safeguard: float = 0.2
+
+    def width(self, budget: int, num_groups: int) -> int:
+        return num_groups * budget - (num_groups - 1) * self._safe(budget)
+
+    def keep(self, scores: Tensor, entries: Entries, budget: int) -> Tensor:
+        num_groups, num_entries = scores.shape[1:]
+        ranked = scores.argsort(dim=-1, descending=True, stable=True)
+        own = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, ranked[..., : self._safe(budget)], True)
+        pooled = scores.masked_fill(own & (scores > -torch.inf), torch.inf).flatten(1)  # (B, G C)
+        best = pooled.argsort(dim=-1, descending=True, stable=True)[:, : num_groups * budget]
+        keep = torch.zeros_like(pooled, dtype=torch.bool).scatter(-1, best, True)
+        return keep.unflatten(1, (num_groups, num_entries)) & (scores > -torch.inf)
+
+    def _safe(self, budget: int) -> int:
+        return max(1, int(budget * self.safeguard))
+
+
+@dataclass(frozen=True)
+class WholeWindows(Selector):
+    """Windows of consecutive entries stay or go as a whole, in all heads alike (WindowKV, 2503.17922).
+
+    The budget counts the entries before the suffix; the suffix always stays. The scorer gives all entries of
+    a window the score of the window.
+
+    Attributes:
+        window: entries of a window.
+        suffix: last tokens that are no part of a window.
+    """
+
+    window: int = 8
+    suffix: int = 32
+
+    def width(self, budget: int, num_groups: int) -> int:
+        return budget + self.suffix
+
+    def keep(self, scores: Tensor, entries: Entries, budget: int) -> Tensor:
+        review = scores.shape[-1] - self.suffix
+        keep = torch.ones_like(scores, dtype=torch.bool)
+        if review <= budget:
+            return keep
+        rated = scores[:, 0, : review : self.window]  # (B, windows)
+        num_dropped = -(-(review - budget) // self.window)
+        # of equal windows the earlier stays
+        order = rated.argsort(dim=-1, descending=True, stable=True)
+        stays = torch.ones_like(rated, dtype=torch.bool)
+        stays = stays.scatter(-1, order[:, rated.shape[-1] - num_dropped :], False)
+        by_token = stays.repeat_interleave(self.window, dim=-1)[:, :review]  # (B, review)
+        keep[..., :review] = by_token[:, None]
+        return keep
