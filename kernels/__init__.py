@@ -16,6 +16,7 @@ from .fast_weights import (
 )
 from .gated_norm import gated_rms_norm
 from .gated_slot_attention import SlotState, gated_slot_attention
+from .innovation import innovation_scores, select_eidetic
 from .layout import ChunkLayout, sequence_lengths
 from .linear_attention import LinearState, linear_attention
 from .linear_cross_entropy import linear_cross_entropy, linear_divergence
@@ -25,6 +26,7 @@ from .selective_scan import selective_scan
 from .taylor_attention import taylor_attention
 from .titans import TitansState, titans
 from .ttt import TTTState, ttt
+from .union_attention import SlotStream, UnionOutput, lagged_attention, merge_streams, union_attention
 
 __all__ = [
     "AttentionOutput",
@@ -36,8 +38,10 @@ __all__ = [
     "LinearState",
     "MLSTMState",
     "SlotState",
+    "SlotStream",
     "TTTState",
     "TitansState",
+    "UnionOutput",
     "attention",
     "available_backends",
     "causal_conv",
@@ -49,17 +53,22 @@ __all__ = [
     "fast_weight_step",
     "gated_rms_norm",
     "gated_slot_attention",
+    "innovation_scores",
+    "lagged_attention",
     "linear_attention",
     "linear_cross_entropy",
     "linear_divergence",
+    "merge_streams",
     "mlstm",
     "newton_schulz",
+    "select_eidetic",
     "selective_scan",
     "sequence_lengths",
     "soft_cache_size",
     "taylor_attention",
     "titans",
     "ttt",
+    "union_attention",
     "unpack_fast_weights",
     "use_backend",
 ]

@@ -35,6 +35,7 @@ OPERATIONS: dict[str, tuple[str, ...]] = {
     "taylor_attention": ("reference", "torch", "triton"),
     "titans": ("reference", "torch"),
     "ttt": ("reference", "torch"),
+    "union_attention": ("reference", "torch"),
 }
 _EXTERNAL_MODULES = {
     "flash_attn": "flash_attn",

@@ -10,6 +10,7 @@ from .allmem import AllMem, AllMemConfig
 from .attention import Attention, AttentionConfig
 from .base_conv import BaseConv, BaseConvConfig
 from .based import BasedAttention, BasedConfig
+from .bmojo import BMojoConfig, BMojoMixer
 from .contract import MixerConfig, TokenMixer, suggest
 from .fast_weight_memory import FastWeightMemory, FastWeightMemoryConfig
 from .forgetting_attention import ForgettingAttention, ForgettingAttentionConfig
@@ -167,6 +168,7 @@ register_mixer("allmem", AllMem, AllMemConfig)
 register_mixer("attention", Attention, AttentionConfig)
 register_mixer("base_conv", BaseConv, BaseConvConfig)
 register_mixer("based", BasedAttention, BasedConfig)
+register_mixer("bmojo", BMojoMixer, BMojoConfig)
 register_mixer("fast_weight_memory", FastWeightMemory, FastWeightMemoryConfig)
 register_mixer("forgetting_attention", ForgettingAttention, ForgettingAttentionConfig)
 register_mixer("gated_attention", GatedAttention, GatedAttentionConfig)

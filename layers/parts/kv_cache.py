@@ -270,3 +270,17 @@ def _surviving(start: int, length: int, num_sinks: int | None, window: int) -> T
     if num_sinks is None or length <= window:
         return local
     return local[(local >= length - window) | (start + local < num_sinks)]
+
+
+def write_ring(buffer: Tensor, new: Tensor, ctx: SequenceContext) -> Tensor:
+    """A ring (N, slots, ...) after the tokens (B, T, ...) of a call; position p lies in slot p mod slots."""
+    return _write(buffer, new, ctx, 0)
+
+
+def read_ring(buffer: Tensor, ctx: SequenceContext) -> Tensor:
+    """(N, slots, ...), the last tokens before a call in order of time, the newest last; where fewer were
+    read, what stands in front is any slot.
+    """
+    slots = buffer.shape[1]
+    position = ctx.num_seen[:, None] - slots + torch.arange(slots)
+    return _take(buffer, position.clamp(min=0) % slots, ctx)

@@ -108,10 +108,12 @@ class Rotary:
         key = (self.head_dim, self.theta, repr(self.scaling), dtype)
         if key not in ctx.tables:
             ctx.tables[key] = self.tables(ctx.positions, dtype)
-        cos, sin = ctx.tables[key]
-        wide = x.to(dtype)
-        first, second = wide.chunk(2, dim=-1)
-        return (wide * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
+        return _turned(x, *ctx.tables[key])
+
+    def rotate_by(self, x: Tensor, distance: int) -> Tensor:
+        """Rotates all of x (B, T, H, head_dim) as one and the same position does."""
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        return _turned(x, *self.tables(torch.tensor([distance], device=x.device), dtype))
 
     def _frequencies(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, float]:
         d = self.head_dim
@@ -154,6 +156,12 @@ class Rotary:
                 else _yarn_scale(factor, 1.0)
             )
         return frequencies / factor * (1 - keep) + frequencies * keep, float(amplitude)
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    wide = x.to(cos.dtype)
+    first, second = wide.chunk(2, dim=-1)
+    return (wide * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
 
 
 def _yarn_scale(factor: float, mscale: float) -> float:

@@ -1071,6 +1071,7 @@ def _check_stored_vectors(subject: Subject) -> None:
         one = first_token(subject.more_streams(1, 1))
         after: Any = subject.mixer.step(subject.inputs(1, 1)[:, 0], state, streams=one).state
         before = dict(state.named_tensors())
+        held = [tensor for tensor in before.values() if tensor.dtype == subject.dtype and tensor.dim() > 2]
         for name, tensor in after.named_tensors():
             if tensor.dtype != subject.dtype:
                 continue
@@ -1079,7 +1080,10 @@ def _check_stored_vectors(subject: Subject) -> None:
                     f"bfloat16: {name} keeps {subject.dtype} and has shape {tuple(tensor.shape)}. What "
                     "accumulates must be float32; stored tokens lie along dimension 1, as (N, slots, width)."
                 )
-            known, new = _vectors(before[name]), _vectors(tensor)
+            # what moves from one place of the state to another was stored before
+            alike = [other for other in held if other.shape[-1] == tensor.shape[-1]]
+            known = set[tuple[float, ...]]().union(*map(_vectors, alike))
+            new = _vectors(tensor)
             per_slot = math.prod(tensor.shape[2:-1])
             if len(new - known) > per_slot:
                 raise ContractError(
@@ -1151,7 +1155,8 @@ def _gradients(subject: Subject, backend: str) -> dict[str, Tensor]:
     with use_backend(backend):
         out = mixer(x, state, streams=rest, return_state=True, return_extras=True)
     loss = (out.hidden * noise(*out.hidden.shape)).sum()
-    for tensor in (*out.extras.values(), *(t for _, t in _float_tensors(out.state))):
+    losses = [total for total, _ in out.aux.values()]
+    for tensor in (*out.extras.values(), *(t for _, t in _float_tensors(out.state)), *losses):
         factors = noise(*tensor.shape).to(tensor)  # drawn for all: backends may differ in what has a gradient
         if tensor.requires_grad:
             loss = loss + (tensor * factors).sum()
