@@ -22,6 +22,7 @@ from memzoo.kernels import (
     LinearState,
     MLSTMState,
     SlotState,
+    SlotStream,
     TitansState,
     TTTState,
     attention,
@@ -40,6 +41,7 @@ from memzoo.kernels import (
     taylor_attention,
     titans,
     ttt,
+    union_attention,
 )
 from memzoo.kernels.taylor_attention import num_features
 from memzoo.testing import ContractError, assert_close
@@ -475,6 +477,32 @@ def _slots(
     return Case("gated_slot_attention", name, make, call, ("g", "keys", "values"))
 
 
+# ------------------------------------------------------------------ union softmax
+
+
+def _union(
+    name: str, *, tiles: int, queries: int, slots: int, heads: tuple[int, int] = (4, 2), width: int = 16
+) -> Case:
+    """A case of `union_attention`: a pool with empty slots and runs of queries, and slots of each tile."""
+
+    def make(generator: torch.Generator) -> Tensors:
+        query, own = (tiles, queries, heads[0], width), (tiles, slots, heads[1], width)
+        made = {name: _randn(generator, *query) for name in ("q", "other_q")}
+        made |= {name: _randn(generator, 2 * slots, heads[1], width) for name in ("k", "v")}
+        made |= {name: _randn(generator, *own) for name in ("own_k", "own_v")}
+        made["index"] = torch.randint(-slots, 2 * slots, (tiles, slots), generator=generator)
+        for name in ("first", "last"):
+            made[name] = torch.randint(0, queries + 1, (tiles, slots), generator=generator)
+        return made
+
+    def call(tensors: Tensors, backend: str) -> Tensors:
+        pooled = SlotStream(*(tensors[name] for name in ("q", "k", "v", "index", "first", "last")))
+        own = SlotStream(*(tensors[name] for name in ("other_q", "own_k", "own_v")))
+        return union_attention([pooled, own], backend=backend)._asdict()
+
+    return Case("union_attention", name, make, call, ())
+
+
 # ------------------------------------------------------------------ fast weights
 
 
@@ -901,4 +929,6 @@ CASES: tuple[Case, ...] = (
     _scan("one token, state", tokens=1, with_state=True),
     _scan("odd sizes, state", tokens=37, channels=5, size=3, with_state=True, with_gate=True),
     _scan("packed, state", lengths=(17, 0, 1, 20), with_state=True),
+    _union("chunks", tiles=5, queries=7, slots=9),
+    _union("single tokens, odd width", tiles=6, queries=1, slots=33, heads=(3, 1), width=20),
 )

@@ -43,6 +43,12 @@ HEADS = {"d_model": 1024, "num_heads": 16}
 FULL = ("full attention", {"type": "attention", **HEADS})
 ALLMEM = {"type": "allmem", **HEADS, "num_kv_heads": 8}
 WINDOW = {"type": "sliding_window", "window_size": 256, "num_sinks": 4}
+BMOJO = {
+    "type": "bmojo",
+    **HEADS,
+    "window_size": 512,
+    "mixers": [{"type": "mamba2", "expand": 1, "d_state": 64}],
+}
 
 # page -> (label, mixer); the first row is what the figure compares with
 SUBJECTS: dict[str, list[tuple[str, dict[str, Any]]]] = {
@@ -83,6 +89,13 @@ SUBJECTS: dict[str, list[tuple[str, dict[str, Any]]]] = {
         ("`allmem`, window 4,096 + 128 sinks", {**ALLMEM, "window_size": 4096, "num_sinks": 128}),
         ("`allmem`, window 256 + 4 sinks", {**ALLMEM, "window_size": 256, "num_sinks": 4}),
         ("`lact`, window 2,048", {"type": "lact", **HEADS, "window_size": 2048}),
+    ],
+    "bmojo": [
+        FULL,
+        ("B'MOJO-F, window 512", BMOJO),
+        ("B'MOJO, window 512, 512 stored", {**BMOJO, "eidetic_size": 512}),
+        ("B'MOJO, window 512, everything stored", {**BMOJO, "eidetic_size": None}),
+        ("window 1,024", {"type": "sliding_window", **HEADS, "window_size": 1024}),
     ],
     "mamba": [
         FULL,

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ...layers.bmojo import BMojoConfig
 from ...layers.contract import MixerConfig, suggest
 from ...layers.registry import mixer_entry
 from ..config import ModelConfig
@@ -186,6 +187,8 @@ def exact_reach(mixer: MixerConfig) -> int | None:
     if mixer.type == "parallel":  # coefficients per channel begin at 0
         inner: tuple[MixerConfig, ...] = getattr(mixer, "mixers", ())
         return exact_reach(inner[0]) if getattr(mixer, "combine", "") == "channel" else 0
+    if isinstance(mixer, BMojoConfig):
+        return mixer.window_size + _doubled_reach(mixer)
     if mixer.type in ("sliding_window", "lolcats", "allmem"):
         return int(getattr(mixer, "window_size", 0))
     return 0
@@ -197,7 +200,15 @@ def softmax_reach(mixer: MixerConfig) -> int | None:
     Returns:
         0 where it never is, None where the sequence may be of any length.
     """
+    if isinstance(mixer, BMojoConfig):
+        return mixer.window_size
     return exact_reach(mixer) if mixer.type in ("attention", "sliding_window", "lolcats") else 0
+
+
+def _doubled_reach(mixer: BMojoConfig) -> int:
+    """Fading tokens that are the tokens themselves at first."""
+    is_plain = (mixer.zero_gate or not mixer.mixers) and not mixer.fading_norm and mixer.num_fading is None
+    return mixer.fading_reach if is_plain and mixer.window_size else 0
 
 
 def window_of(target: Mapping[str, Any]) -> dict[str, int] | None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ...layers.allmem import AllMemConfig
+from ...layers.bmojo import BMojoConfig
 from ...layers.contract import MixerConfig
 from ...layers.mamba2 import Mamba2Config
 from ...layers.registry import build_mixer
@@ -155,13 +156,9 @@ def weight_map(source: MixerConfig, target: MixerConfig) -> dict[str, Source]:
         old, new = build_mixer(source).state_dict(), build_mixer(target).state_dict()
     found: dict[str, Source] = {}
     for name, tensor in new.items():
-        base = _INSIDE.sub("", name)
-        if base not in old:
-            continue
-        if old[base].shape == tensor.shape:
-            found[name] = WeightSource(base)
-        elif groups := _head_groups(source, base, old[base], tensor):
-            found[name] = WeightSource(base, getattr(source, "num_kv_heads", 1), groups)
+        origin = _same_name(source, _INSIDE.sub("", name), old, tensor)
+        if origin is not None:
+            found[name] = origin
     return found
 
 
@@ -244,6 +241,18 @@ def expand_gqa(weight: Tensor, num_kv_heads: int, groups: int) -> Tensor:
     return heads.repeat_interleave(groups, dim=0).flatten(0, 1)
 
 
+def _same_name(
+    source: MixerConfig, name: str, old: Mapping[str, Tensor], tensor: Tensor
+) -> WeightSource | None:
+    """Where a parameter of a new mixer comes from that is called `name` in the old one; None for nowhere."""
+    if name not in old:
+        return None
+    if old[name].shape == tensor.shape:
+        return WeightSource(name)
+    groups = _head_groups(source, name, old[name], tensor)
+    return WeightSource(name, getattr(source, "num_kv_heads", 1), groups) if groups else None
+
+
 def _head_groups(source: MixerConfig, name: str, old: Tensor, new: Tensor) -> int:
     """How many heads of the new projection share one of the old; 0 where it is no such projection."""
     heads = getattr(source, "num_heads", None)
@@ -276,5 +285,24 @@ def memory_like_attention(old: Mapping[str, Any]) -> dict[str, Any]:
     return {"mem_dim": heads * width, "mem_heads": heads} if heads and width else {}
 
 
+def attention_in_bmojo(source: MixerConfig, target: MixerConfig) -> dict[str, Source]:
+    """B'MOJO takes over the projections, also for the maps that its fading stream has to itself; its inner
+    mixer takes over what it would in the place of the attention.
+    """
+    assert isinstance(target, BMojoConfig)
+    with torch.device("meta"):
+        old, new = build_mixer(source).state_dict(), build_mixer(target).state_dict()
+    found: dict[str, Source] = {}
+    for name, tensor in new.items():
+        origin = _same_name(source, name.removeprefix("fading_"), old, tensor)
+        if origin is not None and not _INSIDE.match(name):
+            found[name] = origin
+    for index, inner in enumerate(target.mixers):
+        for name, source_of in weight_map(source, inner).items():
+            found[f"mixers.{index}.{name}"] = source_of
+    return found
+
+
 register_weight_map("allmem", attention_in_allmem, memory_like_attention)
+register_weight_map("bmojo", attention_in_bmojo)
 register_weight_map("mamba2", attention_in_mamba2, mamba2_like_attention)
