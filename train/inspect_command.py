@@ -16,13 +16,15 @@ def inspect(
     num_tokens: int = 4096,
     dtype: DType = "float32",
     retention: str | None = None,
+    stored: str | None = None,
     text: str = "emma",
     budget: int = 64,
     buffer: int = 1,
 ) -> str:
     """Parameters, state bytes and FLOPs per token of every layer, at one context length. Reads no weights.
 
-    With `retention` it reads them, and draws what the retention gates of a model keep of a text.
+    With `retention` it reads them, and draws what the retention gates of a model keep of a text; with
+    `stored` what the layers with a store (bmojo) put there.
 
     Args:
         model: folder of a model, a .gguf file, "smollm2-135m", a YAML file that describes one, or the name of
@@ -30,12 +32,15 @@ def inspect(
         num_tokens: context length.
         dtype: of the activations; the keys and values of a window are stored in it.
         retention: .html file for the page about the gates.
-        text: bundled text whose first `num_tokens` tokens (2,048 at most) the gates read.
-        budget: tokens that each head keeps.
+        stored: .html file for the text with the stored tokens marked, a strip per layer.
+        text: bundled text whose first `num_tokens` tokens (2,048 at most) are read.
+        budget: tokens that each head with a gate keeps.
         buffer: tokens between two evictions.
     """
     if retention is not None:
         return _draw_retention(model, retention, text, min(num_tokens, _MOST_DRAWN), budget, buffer)
+    if stored is not None:
+        return _draw_stored(model, stored, text, min(num_tokens, _MOST_DRAWN))
     import torch
 
     from ..models.checkpoints.fetch import locate
@@ -75,6 +80,27 @@ def _draw_retention(model: str, output: str, text: str, num_tokens: int, budget:
     lift = punctuation_lift(facts, pieces)
     held = f"punctuation is held {lift:.2f} times as often as any token"
     return f"{table(rows)}\n\n{held}\npage written to {output}"
+
+
+def _draw_stored(model: str, output: str, text: str, num_tokens: int) -> str:
+    """Writes the page and returns what each layer stored."""
+    if Path(output).suffix != ".html":
+        raise ValueError(f"the page of --stored must be an .html file, got {output!r}.")
+    check_output(output)
+    from ..models.checkpoints.folder import load_model
+    from ..records import write_text_atomically
+    from .conversion.run import book_tokens
+    from .data.tokenizers import load_tokenizer
+    from .stored_tokens import stored_tokens, strip_page, summary_rows
+
+    place = model_place(model)
+    tokenizer = load_tokenizer(place)
+    tokens = book_tokens(tokenizer, text)[:num_tokens]
+    layers = stored_tokens(load_model(place), tokens)
+    words = [tokenizer.decode([token]) for token in tokens.tolist()]
+    title = f"What {Path(model).resolve().name} stores of {text}"
+    write_text_atomically(Path(output), strip_page(title, words, layers))
+    return f"{table(summary_rows(layers, words))}\npage written to {output}"
 
 
 def list_all(what: Literal["all", "mixers", "texts", "configs", "kernels"] = "all") -> str:
