@@ -82,8 +82,8 @@ def select_eidetic(rank: Tensor, candidates: Tensor, capacity: int | None) -> Te
         return torch.where(is_filled[:, None] & is_offered, entry, -1)
     kept = torch.arange(num_slots, device=rank.device).expand(num_rows, -1)
     steps = []
-    for chunk, offered in enumerate(candidates.unbind(1)):
-        first = num_slots + chunk * num_offered
+    for number, offered in enumerate(candidates.unbind(1)):
+        first = num_slots + number * num_offered
         new = torch.arange(first, first + num_offered, device=rank.device).expand(num_rows, -1)
         rank, kept = torch.cat([rank, offered], 1), torch.cat([kept, new], 1)
         best = rank.sort(dim=1, descending=True, stable=True).indices[:, :capacity].sort(1).values

@@ -37,7 +37,7 @@ from .contract import (
     tag_parameter,
 )
 from .parts.attention_base import AttentionBase, HeadsConfig
-from .parts.eidetic import EideticConfig, EideticMemory, EideticState, Judged
+from .parts.eidetic import EideticConfig, EideticMemory, EideticStoreState, Judged
 from .parts.kv_cache import WindowCache, empty_tokens
 from .parts.norm import RMSNorm
 from .parts.projection import init_projections
@@ -160,13 +160,13 @@ class BMojoState(State):
         fading: state of the inner mixer.
         window: keys and values of the last tokens, and of those that wait for the store.
         images: keys and values of the last fading tokens.
-        store: see `EideticState`.
+        store: see `EideticStoreState`.
     """
 
     fading: Any  # the State of the inner mixer, or None
     window: WindowCache | None
     images: WindowCache | None
-    store: EideticState | None
+    store: EideticStoreState | None
 
     def stored_positions(self) -> Tensor:
         """(N, S) positions of the stored tokens, ascending, -1 in unused slots."""

@@ -109,9 +109,9 @@ def strip_page(title: str, words: Sequence[str], layers: Sequence[StoredTokens])
     """
     parts = [f"<!doctype html><meta charset=utf-8><title>{html.escape(title)}</title><style>{_STYLE}</style>"]
     parts.append(
-        f"<h1>{html.escape(title)}</h1><p>Darker: harder to predict from the fading stream. Framed: stored at "
-        "the end of the text. Dotted: stored for a while. The score of a token and its time in the store show "
-        "where the pointer rests.</p>"
+        f"<h1>{html.escape(title)}</h1><p>Darker: harder to predict from the fading stream. Framed: stored "
+        "at the end of the text. Dotted: stored for a while. The score of a token and its time in the store "
+        "show where the pointer rests.</p>"
     )
     for layer in layers:
         kept = len(layer.kept)
@@ -132,7 +132,8 @@ def _word(word: str, place: int, layer: StoredTokens, largest: float) -> str:
         note += f" to {left * layer.chunk_size - 1}"
         kind = " class=once"
     shade = 0.6 * max(0.0, score) / largest
-    return f'<span{kind} style="background:rgba(230,150,30,{shade:.2f})" title="{note}">{html.escape(word)}</span>'
+    style = f"background:rgba(230,150,30,{shade:.2f})"
+    return f'<span{kind} style="{style}" title="{note}">{html.escape(word)}</span>'
 
 
 def summary_rows(layers: Sequence[StoredTokens], words: Sequence[str]) -> list[tuple[str, str]]:

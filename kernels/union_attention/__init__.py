@@ -56,7 +56,7 @@ def _check(stream: SlotStream, first: SlotStream) -> None:
             "all streams need queries of one shape and dtype, got "
             f"{tuple(first.q.shape)} {first.q.dtype} and {tuple(stream.q.shape)} {stream.q.dtype}."
         )
-    shape = "(K, J, G, D)" if stream.index is None else "(P, G, D)"
+    shape = "(K, J, G, D)" if stream.place is None else "(P, G, D)"
     check_rank("k", stream.k, shape)
     check_rank("v", stream.v, shape)
     num_tiles, _, num_heads, width = stream.q.shape
@@ -71,11 +71,11 @@ def _check(stream: SlotStream, first: SlotStream) -> None:
             f"multiple of those heads, got {tuple(first.v.shape[-2:])} and {tuple(stream.v.shape[-2:])}."
         )
     expected = (num_tiles, stream.num_slots)
-    if stream.index is None and stream.k.shape[0] != num_tiles:
+    if stream.place is None and stream.k.shape[0] != num_tiles:
         raise ValueError(
-            f"k needs the {num_tiles} tiles of q, got {stream.k.shape[0]}. Give an index for a pool."
+            f"k needs the {num_tiles} tiles of q, got {stream.k.shape[0]}. Give places for a pool."
         )
-    for name in ("index", "first", "last"):
+    for name in ("place", "first", "last"):
         value = getattr(stream, name)
         if value is not None and tuple(value.shape) != expected:
             raise ValueError(f"{name} must have shape {expected}, got {tuple(value.shape)}.")

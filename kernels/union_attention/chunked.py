@@ -49,7 +49,7 @@ def _attend(streams: Sequence[SlotStream], scale: float) -> UnionOutput:
     probs = (weights / total.masked_fill(is_empty, 1)).to(streams[0].v.dtype)
     parts = probs.split([stream.num_slots for stream in streams], dim=-1)
     output = sum(
-        torch.matmul(part.flatten(2, 3), _slots(stream.v, stream.index).transpose(1, 2))
+        torch.matmul(part.flatten(2, 3), _slots(stream.v, stream.place).transpose(1, 2))
         for part, stream in zip(parts, streams, strict=True)
     )
     assert isinstance(output, Tensor)
@@ -63,7 +63,7 @@ def _attend(streams: Sequence[SlotStream], scale: float) -> UnionOutput:
 def _logits(stream: SlotStream, scale: float) -> Tensor:
     """Scaled logits (N, G, R, C, J), -inf where a query does not see a slot."""
     wide = torch.float64 if stream.q.dtype == torch.float64 else torch.float32
-    keys = _slots(stream.k, stream.index)  # (N, J, G, D)
+    keys = _slots(stream.k, stream.place)  # (N, J, G, D)
     grouped = stream.q.unflatten(2, (keys.shape[2], -1)).permute(0, 2, 3, 1, 4)  # (N, G, R, C, D)
     logits = torch.matmul(grouped.flatten(2, 3), keys.permute(0, 2, 3, 1)).to(wide) * scale
     logits = logits.unflatten(2, grouped.shape[2:4])
@@ -71,18 +71,18 @@ def _logits(stream: SlotStream, scale: float) -> Tensor:
     return logits if hidden is None else logits.masked_fill(hidden[:, None, None], -torch.inf)
 
 
-def _slots(source: Tensor, index: Tensor | None) -> Tensor:
+def _slots(source: Tensor, place: Tensor | None) -> Tensor:
     """Keys or values (N, J, G, D) of the slots."""
-    if index is None:
+    if place is None:
         return source
     if source.shape[0] == 0:  # an empty pool, every slot is empty
-        return source.new_zeros(*index.shape, *source.shape[1:])
-    return source.index_select(0, index.clamp(min=0).flatten()).unflatten(0, index.shape)
+        return source.new_zeros(*place.shape, *source.shape[1:])
+    return source.index_select(0, place.clamp(min=0).flatten()).unflatten(0, place.shape)
 
 
 def _hidden(stream: SlotStream) -> Tensor | None:
     """(N, C or 1, J) bool, True where a query does not see a slot; None when all see all."""
-    found = None if stream.index is None else (stream.index < 0)[:, None]
+    found = None if stream.place is None else (stream.place < 0)[:, None]
     query = torch.arange(stream.q.shape[1], device=stream.q.device)[:, None]
     if stream.first is not None:
         early = query < stream.first[:, None]
@@ -120,21 +120,16 @@ class _Grouped(torch.autograd.Function):
         for start, end in ctx.groups:
             parts = [stream.rows(start, end) for stream in streams]
             leaves = [None if x is None else x.detach() for part in parts for x in part]
-            for n in wanted:
-                leaf = leaves[n]
-                assert leaf is not None
-                leaves[n] = leaf.requires_grad_()
+            learned = [leaf.requires_grad_() for n in wanted if (leaf := leaves[n]) is not None]
             with torch.enable_grad():
                 found = _attend(_streams(leaves), ctx.scale)
             shares = torch.autograd.grad(
-                found,
-                [leaves[n] for n in wanted],
-                (d_output[start:end], d_lse[start:end]),  # type: ignore[misc]
+                found, learned, (d_output[start:end], d_lse[start:end]), materialize_grads=True
             )
             for n, share in zip(wanted, shares, strict=True):
                 total = grads[n]
                 assert total is not None
-                is_shared = n % _WIDTH in (1, 2) and streams[n // _WIDTH].index is not None
+                is_shared = n % _WIDTH in (1, 2) and streams[n // _WIDTH].place is not None
                 (total if is_shared else total[start:end]).add_(share)
         done = [None if x is None else x.to(like.dtype) for x, like in zip(grads, flat, strict=True)]
         return None, None, *done

@@ -4,6 +4,8 @@ It is window attention of the queries over keys moved back by the lag; queries t
 are left out.
 """
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -100,7 +102,7 @@ def _ragged(
     early: list[int],
     lag: int,
     prefix: KVPrefix | None,
-    options: dict[str, object],
+    options: Mapping[str, object],
 ) -> UnionOutput:
     """`lagged_attention` of sequences that have read unequal numbers of tokens, or lie in one packed row."""
     slots = 0 if prefix is None else prefix.k.shape[1]

@@ -32,9 +32,9 @@ def union_reference(streams: Sequence[SlotStream], scale: float) -> UnionOutput:
         wide = torch.float64 if q.dtype == torch.float64 else torch.float32
         shape = (num_tiles, num_queries, q.shape[2])
         return UnionOutput(q.new_zeros(*shape, v.shape[-1]), q.new_zeros(shape, dtype=wide))
-    shape = (num_tiles, num_queries)
+    tiles = (num_tiles, num_queries)
     return UnionOutput(
-        torch.stack(outputs).unflatten(0, shape).to(q.dtype), torch.stack(lses).unflatten(0, shape)
+        torch.stack(outputs).unflatten(0, tiles).to(q.dtype), torch.stack(lses).unflatten(0, tiles)
     )
 
 
@@ -42,15 +42,15 @@ def _visible(stream: SlotStream, tile: int, query: int, scale: float) -> tuple[T
     """Logits (G, R, J) of the slots that a query sees, and their values (J, G, E)."""
     slots = []
     for slot in range(stream.num_slots):
-        is_filled = stream.index is None or int(stream.index[tile, slot]) >= 0
+        is_filled = stream.place is None or int(stream.place[tile, slot]) >= 0
         is_begun = stream.first is None or int(stream.first[tile, slot]) <= query
         is_left = stream.last is None or query <= int(stream.last[tile, slot])
         if is_filled and is_begun and is_left:
             slots.append(slot)
-    if stream.index is None:
+    if stream.place is None:
         keys, values = stream.k[tile, slots], stream.v[tile, slots]
     else:
-        places = stream.index[tile, slots]
+        places = stream.place[tile, slots]
         keys, values = stream.k[places], stream.v[places]
     wide = torch.float64 if keys.dtype == torch.float64 else torch.float32
     grouped = stream.q[tile, query].unflatten(0, (keys.shape[1], -1)).to(wide)  # (G, R, D)

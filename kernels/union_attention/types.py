@@ -13,9 +13,9 @@ class SlotStream(NamedTuple):
 
     Attributes:
         q: (K, C, H, D) the queries, as this memory wants them (rotated, or of a projection of its own).
-        k: (K, J, G, D) keys of each tile, or with `index` a pool (P, G, D) that all tiles share.
+        k: (K, J, G, D) keys of each tile, or with `place` a pool (P, G, D) that all tiles share.
         v: (K, J, G, E) or (P, G, E).
-        index: (K, J) int64, place of each slot in the pool; a negative one is an empty slot.
+        place: (K, J) int64, index of each slot in the pool; a negative one is an empty slot.
         first, last: (K, J) int64, numbers of the first and last query of the tile that see the slot; an empty
             range hides it. None for all queries.
     """
@@ -23,19 +23,19 @@ class SlotStream(NamedTuple):
     q: Tensor
     k: Tensor
     v: Tensor
-    index: Tensor | None = None
+    place: Tensor | None = None
     first: Tensor | None = None
     last: Tensor | None = None
 
     @property
     def num_slots(self) -> int:
         """J."""
-        return self.k.shape[1] if self.index is None else self.index.shape[1]
+        return self.k.shape[1] if self.place is None else self.place.shape[1]
 
     def rows(self, start: int, end: int) -> "SlotStream":
         """The tiles from `start` to `end`."""
-        cut = [None if x is None else x[start:end] for x in (self.index, self.first, self.last)]
-        if self.index is None:
+        cut = [None if x is None else x[start:end] for x in (self.place, self.first, self.last)]
+        if self.place is None:
             return SlotStream(self.q[start:end], self.k[start:end], self.v[start:end], *cut)
         return SlotStream(self.q[start:end], self.k, self.v, *cut)
 

@@ -92,7 +92,7 @@ class EideticConfig(MixerConfig):
 
 
 @dataclass(kw_only=True)
-class EideticState(State):
+class EideticStoreState(State):
     """The store, and what is needed to judge the tokens to come.
 
     Attributes:
@@ -144,7 +144,7 @@ class EideticMemory(nn.Module):
 
     def empty(
         self, batch_size: int, num_heads: int, width: int, device: torch.device | str, dtype: torch.dtype
-    ) -> EideticState:
+    ) -> EideticStoreState:
         """Nothing stored, nothing read."""
         c, slots = self.config, self.config.num_slots or 0
         wide = torch.float64 if dtype == torch.float64 else torch.float32
@@ -153,7 +153,7 @@ class EideticMemory(nn.Module):
             return torch.zeros(batch_size, *shape, device=device, dtype=dtype)
 
         is_fixed = c.eidetic_rope == "fixed"
-        return EideticState(
+        return EideticStoreState(
             num_tokens=empty_tokens(batch_size),
             recent=zeros(c.predictor_order, c.d_model),
             score=zeros(self.ring_size),
@@ -165,7 +165,7 @@ class EideticMemory(nn.Module):
         )
 
     def score(
-        self, fading: Tensor, ctx: SequenceContext, state: EideticState | None
+        self, fading: Tensor, ctx: SequenceContext, state: EideticStoreState | None
     ) -> tuple[Tensor, Tensor]:
         """Innovation (B, T) of tokens with the fading stream (B, T, M), and the last inputs of the predictor.
 
@@ -186,7 +186,7 @@ class EideticMemory(nn.Module):
         past: tuple[Tensor, Tensor] | None,
         scores: Tensor,
         tiles: Tiles,
-        state: EideticState | None,
+        state: EideticStoreState | None,
     ) -> Stored:
         """Decides what the chunks of a call find in the store.
 
@@ -233,7 +233,7 @@ class EideticMemory(nn.Module):
         else:
             index = torch.where(rank > -torch.inf, stored[:, 0], -1)[:, None]
             index = index.expand(-1, tiles.boundaries.shape[1], -1)
-        return Stored(*pools, score_pool, order_pool, index, stored[:, 0], has_offers)
+        return Stored(pools[0], pools[1], score_pool, order_pool, index, stored[:, 0], has_offers)
 
     def judge(
         self,
@@ -242,7 +242,7 @@ class EideticMemory(nn.Module):
         value: Tensor,
         past: KVPrefix | None,
         tiles: Tiles,
-        state: EideticState | None,
+        state: EideticStoreState | None,
         *,
         is_step: bool = False,
     ) -> Judged:
@@ -266,13 +266,13 @@ class EideticMemory(nn.Module):
         return Judged(loss, scores, recent, found)
 
     def after(
-        self, judged: Judged, waiting: Tensor | None, tiles: Tiles, state: EideticState
-    ) -> EideticState:
+        self, judged: Judged, waiting: Tensor | None, tiles: Tiles, state: EideticStoreState
+    ) -> EideticStoreState:
         """The state after a call.
 
         Args:
             judged: from `judge`.
-            waiting: (B, T, G, D) keys of the call for the ring of `EideticState.waiting`.
+            waiting: (B, T, G, D) keys of the call for the ring of `EideticStoreState.waiting`.
             state: before the call; an empty one where the call had none.
         """
         ctx, found = tiles.ctx, judged.found
@@ -282,7 +282,7 @@ class EideticMemory(nn.Module):
             stored = self._stored_after(found, tiles)
         else:
             stored = (state.key, state.value, state.stored_score, state.order)
-        return EideticState(
+        return EideticStoreState(
             num_tokens=ctx.num_tokens_after,
             recent=judged.recent,
             score=write_ring(state.score, judged.scores, ctx),

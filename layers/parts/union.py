@@ -20,7 +20,7 @@ from ...kernels import (
     union_attention,
 )
 from ..contract import SequenceContext, is_probing, record
-from .eidetic import EideticState, Stored
+from .eidetic import EideticStoreState, Stored
 from .kv_cache import WindowCache
 from .tiles import Tiles, pool
 
@@ -130,7 +130,7 @@ def read_rings(
     reach: Reach,
     window: WindowCache | None,
     images: WindowCache | None,
-    store: EideticState | None,
+    store: EideticStoreState | None,
 ) -> Tensor:
     """Outputs of the heads (N, 1, H, D) for one token of every sequence.
 

@@ -66,7 +66,7 @@ def test_agrees_with_the_definition(num_streams: int, limit: int | None, monkeyp
 
 def test_a_query_that_sees_nothing_reads_zeros() -> None:
     (stream,) = streams()[:1]
-    blind = stream._replace(index=torch.full_like(stream.index, -1))
+    blind = stream._replace(place=torch.full_like(stream.place, -1))
     for backend in ("reference", "torch"):
         out = union_attention([blind], backend=backend)
         assert bool((out.output == 0).all())
@@ -192,9 +192,9 @@ def test_wrong_sizes_are_refused() -> None:
         union_attention([])
     with pytest.raises(ValueError, match="queries of one shape"):
         union_attention([pooled, own._replace(q=own.q[:, :2])])
-    with pytest.raises(ValueError, match="Give an index"):
+    with pytest.raises(ValueError, match="Give places"):
         union_attention([own._replace(k=own.k[:3], v=own.v[:3], first=None)])
-    with pytest.raises(ValueError, match="index must have shape"):
-        union_attention([pooled._replace(index=pooled.index[:2], first=None, last=None)])
+    with pytest.raises(ValueError, match="place must have shape"):
+        union_attention([pooled._replace(place=pooled.place[:2], first=None, last=None)])
     with pytest.raises(ValueError, match="agree in all but their width"):
         union_attention([pooled._replace(v=pooled.v[:4])])

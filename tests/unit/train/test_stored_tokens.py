@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from memzoo import cli
-from memzoo.models.checkpoints.folder import save_model
 from memzoo.models.config import ModelConfig
 from memzoo.models.decoder import MemoryLM
+from memzoo.models.hf import save_model
 from memzoo.train.data.tokenizers import byte_tokenizer
 from memzoo.train.stored_tokens import stored_tokens, strip_page
 
