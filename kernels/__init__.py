@@ -24,7 +24,7 @@ from .mlstm import MLSTMState, mlstm
 from .retention import soft_cache_size
 from .selective_scan import selective_scan
 from .taylor_attention import taylor_attention
-from .titans import TitansState, titans
+from .titans import TitansState, titans, titans_read
 from .ttt import TTTState, ttt
 from .union_attention import SlotStream, UnionOutput, lagged_attention, merge_streams, union_attention
 
@@ -67,6 +67,7 @@ __all__ = [
     "soft_cache_size",
     "taylor_attention",
     "titans",
+    "titans_read",
     "ttt",
     "union_attention",
     "unpack_fast_weights",

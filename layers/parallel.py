@@ -1,9 +1,11 @@
-"""Several mixers side by side on the same input, added up.
+"""Several mixers side by side on the same input, added up or multiplied.
 
     sum        y = m_0(x) + m_1(x) + ...
     gated      y = sum_i sigmoid(w_i . x + b_i) m_i(x)     one gate per token and mixer, 1/2 at first
     channel    y = m_0(x) + sum_{i > 0} c_i * m_i(x)       one coefficient per channel, 0 at first
+    product    y = n_0(m_0(x)) prod_{i > 0} sigmoid(n_i(m_i(x)))    n_i RMS norms with learned weights
 
+`product` lets memories gate the first mixer, channel by channel (memory as gate, arXiv 2501.00663).
 `channel` adds memories to a trained mixer without changing it at first.
 State: the states of the inner mixers.
 """
@@ -19,6 +21,7 @@ from torch import Tensor, nn
 
 from .contract import TokenMixer, check_choice, is_probing, record, tag_parameter
 from .parts.composite import CompositeConfig, CompositeMixer
+from .parts.norm import RMSNorm
 
 # Dimensions: B batch, T tokens, I inner mixers, M model width
 
@@ -28,7 +31,7 @@ class ParallelConfig(CompositeConfig):
     """Configuration of `Parallel`.
 
     Attributes:
-        combine: "sum", "gated" or "channel".
+        combine: "sum", "gated", "channel" or "product".
     """
 
     type: str = "parallel"
@@ -36,14 +39,14 @@ class ParallelConfig(CompositeConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice("combine", self.combine, ("sum", "gated", "channel"))
+        check_choice("combine", self.combine, ("sum", "gated", "channel", "product"))
 
 
 class Parallel(CompositeMixer):
-    """Adds the outputs of mixers that read the same input.
+    """Adds, or multiplies, the outputs of mixers that read the same input.
 
     Probes: `window_share`, the length of the first output over the sum of the lengths of all, weighted as
-    they are added; `coefficient`, the sizes of the coefficients.
+    they are added; `coefficient`, the sizes of the coefficients; of a product `memory_gate`, its sigmoids.
     """
 
     config: ParallelConfig
@@ -52,6 +55,7 @@ class Parallel(CompositeMixer):
         super().__init__(config, mixers)
         self.gate_proj: nn.Linear | None = None
         self.coefficient: nn.Parameter | None = None
+        self.norms: nn.ModuleList | None = None
         if config.combine == "gated":
             self.gate_proj = nn.Linear(config.d_model, len(mixers))
             for parameter in self.gate_proj.parameters():
@@ -59,19 +63,30 @@ class Parallel(CompositeMixer):
         elif config.combine == "channel":
             coefficient = nn.Parameter(torch.empty(len(mixers) - 1, config.d_model))
             self.coefficient = tag_parameter(coefficient, weight_decay=False)
+        elif config.combine == "product":
+            self.norms = nn.ModuleList(RMSNorm(config.d_model) for _ in mixers)
         self.init_weights()
 
     def init_weights(self) -> None:
-        """Gates at 1/2, coefficients at 0; the inner mixers initialise themselves."""
+        """Gates at 1/2, coefficients at 0, norms at 1; the inner mixers initialise themselves."""
         if self.gate_proj is not None:
             nn.init.zeros_(self.gate_proj.weight)
             nn.init.zeros_(self.gate_proj.bias)
         if self.coefficient is not None:
             nn.init.zeros_(self.coefficient)
+        for norm in self.norms or ():
+            assert isinstance(norm, RMSNorm)
+            norm.reset_parameters()
 
     def compose(self, x: Tensor, run: Callable[[int, Tensor], Tensor]) -> Tensor:
-        """The sum of all outputs, weighted as configured."""
+        """The sum of all outputs, weighted as configured, or their product."""
         outputs = [run(index, x) for index in range(len(self.mixers))]
+        if self.norms is not None:
+            first, *gates = (norm(output) for norm, output in zip(self.norms, outputs, strict=True))
+            for gate in gates:
+                record("memory_gate", gate.sigmoid())
+                first = first * gate.sigmoid()
+            return first
         if self.gate_proj is not None:
             gates = self.gate_proj(x).sigmoid().unbind(-1)  # I of (B, T)
             outputs = [gate[..., None] * output for gate, output in zip(gates, outputs, strict=True)]

@@ -23,8 +23,10 @@ from .lolcats import Lolcats, LolcatsConfig
 from .mamba1 import Mamba1, Mamba1Config
 from .mamba2 import Mamba2, Mamba2Config
 from .mamba3 import Mamba3, Mamba3Config
+from .memory_as_context import MemoryAsContext, MemoryAsContextConfig
 from .mlstm import MLSTM, MLSTMConfig
 from .parallel import Parallel, ParallelConfig
+from .persistent_tokens import PersistentTokens, PersistentTokensConfig
 from .policy_attention import PolicyAttention, PolicyAttentionConfig
 from .presets import PRESETS
 from .sequential import Sequential, SequentialConfig
@@ -180,8 +182,10 @@ register_mixer("lolcats", Lolcats, LolcatsConfig)
 register_mixer("mamba1", Mamba1, Mamba1Config)
 register_mixer("mamba2", Mamba2, Mamba2Config)
 register_mixer("mamba3", Mamba3, Mamba3Config)
+register_mixer("memory_as_context", MemoryAsContext, MemoryAsContextConfig)
 register_mixer("mlstm", MLSTM, MLSTMConfig)
 register_mixer("parallel", Parallel, ParallelConfig)
+register_mixer("persistent_tokens", PersistentTokens, PersistentTokensConfig)
 register_mixer("policy_attention", PolicyAttention, PolicyAttentionConfig)
 register_mixer("sequential", Sequential, SequentialConfig)
 register_mixer("sliding_window", SlidingWindowAttention, SlidingWindowConfig)

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..kernels import TitansState, titans
+from ..kernels import TitansState, titans, titans_read
 from .contract import (
     LayerOutput,
     MixerConfig,
@@ -246,11 +246,8 @@ class Titans(TokenMixer):
         if self.conv is not None:
             joined, tail = self.conv(torch.cat([q, k, v], dim=-1), ctx, state.tail)
             q, k, v = joined.chunk(3, dim=-1)
-        q, k, v = (item.unflatten(-1, (c.num_heads, -1)) for item in (q, k, v))  # (B, T, H, F)
-        if c.qk_norm == "l2":
-            q, k = unit_length(q), unit_length(k)
-        elif self.q_gain is not None and self.k_gain is not None:
-            q, k = self._normed(q, self.q_gain), self._normed(k, self.k_gain)
+        q, k = self._heads(q, self.q_gain), self._heads(k, self.k_gain)  # (B, T, H, F)
+        v = v.unflatten(-1, (c.num_heads, -1))  # (B, T, H, F)
         rate = _wide(self.rate_proj(stored)).sigmoid() * c.max_lr  # (B, T, H)
         decay = _wide(self.decay_proj(stored))
         keep = decay if self.momentum_proj is None else _wide(self.momentum_proj(stored))
@@ -273,13 +270,6 @@ class Titans(TokenMixer):
             return_state=ctx.return_state,
             cu_seqlens=ctx.cu_seqlens,
         )  # (B, T, H, F)
-        if self.out_gain is not None:
-            out = self._normed(out, self.out_gain)
-        if self.gate_proj is not None:
-            out = out * self.gate_proj(retrieved).sigmoid()[..., None]
-        out = out.flatten(-2)
-        if self.o_proj is not None:
-            out = self.o_proj(out)
         new_state = None
         if memory is not None:
             new_state = TitansLayerState(
@@ -291,12 +281,41 @@ class Titans(TokenMixer):
                 gates=memory.gates,
                 tail=tail,
             )
-        return LayerOutput(out, new_state)
+        return LayerOutput(self._merged(out, retrieved), new_state)
+
+    def answer(self, x: Tensor, ctx: SequenceContext, state: TitansLayerState) -> Tensor:
+        """What the memory as the last whole chunk left it answers to tokens; nothing is written.
+
+        Args:
+            x: (B, T, M) in internal form.
+            state: between two tokens of a chunk, or of its start.
+
+        Returns:
+            (B, T, M).
+
+        Raises:
+            ValueError: the mixer convolves its queries, which belong to the tokens that it reads and writes.
+        """
+        if self.conv is not None:
+            raise ValueError(
+                f"answer needs queries of single tokens, got conv_size {self.config.conv_size}. Use "
+                "conv_size: 0."
+            )
+        retrieved = self.retrieve_norm(x)
+        q = self._heads(self.q_proj(retrieved), self.q_gain)
+        # with gates per token, `weights` moves at every token and `base` at the ends of chunks
+        net = state.base if self.config.gates == "token" else state.weights
+        return self._merged(titans_read(q, self._net(net), cu_seqlens=ctx.cu_seqlens), retrieved)
 
     @property
     def span(self) -> int:
         """The longest of chunk, batch and convolution."""
         return max(self.config.chunk_size, self.config.batch_size or 1, self.config.conv_size)
+
+    def answer_flops(self) -> int:
+        """Matrix-product FLOPs of one token in `answer`."""
+        maps = sum(rows * columns for rows, columns in self.config.net_shapes[1:])
+        return projection_flops(self.q_proj, self.o_proj, self.gate_proj) + 2 * self.config.num_heads * maps
 
     def flops_per_token(self, num_tokens: int) -> int:
         """Projections; per matrix of the net one pass of keys, one of queries, and the way back through every
@@ -346,23 +365,38 @@ class Titans(TokenMixer):
     def _memory(self, state: TitansLayerState, ctx: SequenceContext) -> TitansState:
         """The kernel's state."""
         c = self.config
-        shapes = c.net_shapes
-        sizes = [rows * columns for rows, columns in shapes]
-
-        def net(flat: Tensor | None) -> tuple[Tensor, ...]:
-            if flat is None:
-                return ()
-            parts = zip(flat.split(sizes, dim=-1), shapes, strict=True)
-            return tuple(part.unflatten(-1, shape) for part, shape in parts)
-
         return TitansState(
-            net(state.weights),
-            net(state.base),
-            net(state.momentum),
-            net(state.pending),
+            self._net(state.weights),
+            self._net(state.base),
+            self._net(state.momentum),
+            self._net(state.pending),
             state.gates,
             tuple(seen % (c.batch_size or c.chunk_size) for seen in ctx.starts),
         )
+
+    def _net(self, flat: Tensor | None) -> tuple[Tensor, ...]:
+        """The tensors (N, H, ...) of nets (N, H, P)."""
+        if flat is None:
+            return ()
+        shapes = self.config.net_shapes
+        parts = flat.split([rows * columns for rows, columns in shapes], dim=-1)
+        return tuple(part.unflatten(-1, shape) for part, shape in zip(parts, shapes, strict=True))
+
+    def _heads(self, x: Tensor, gain: Tensor | None) -> Tensor:
+        """Queries or keys (B, T, H, F) of their projection (B, T, H F), normalised as configured."""
+        x = x.unflatten(-1, (self.config.num_heads, -1))
+        if self.config.qk_norm == "l2":
+            return unit_length(x)
+        return x if gain is None else self._normed(x, gain)
+
+    def _merged(self, out: Tensor, retrieved: Tensor) -> Tensor:
+        """The output (B, T, M) of those of the heads (B, T, H, F)."""
+        if self.out_gain is not None:
+            out = self._normed(out, self.out_gain)
+        if self.gate_proj is not None:
+            out = out * self.gate_proj(retrieved).sigmoid()[..., None]
+        out = out.flatten(-2)
+        return out if self.o_proj is None else self.o_proj(out)
 
     def _normed(self, x: Tensor, gain: Tensor) -> Tensor:
         """x (B, T, H, F) over its root mean square, times 1 + gain (H, F)."""

@@ -110,6 +110,24 @@ SUBJECTS: dict[str, list[tuple[str, dict[str, Any]]]] = {
         ("`ttt_mlp`", {"type": "ttt_mlp", **HEADS}),
         ("`titans`", {"type": "titans", **HEADS}),
         ("`titans`, gates per token", {"type": "titans", **HEADS, "gates": "token"}),
+        (
+            "`memory_as_context`, segments of 64",
+            {"type": "memory_as_context", **HEADS, "mixers": [{"type": "titans", "num_heads": 16}]},
+        ),
+        (
+            "`persistent_tokens`: window 256 + 4 sinks, gated by `titans`",
+            {
+                "type": "persistent_tokens",
+                "d_model": 1024,
+                "mixers": [
+                    {
+                        "type": "parallel",
+                        "combine": "product",
+                        "mixers": [{**WINDOW, "num_heads": 16}, {"type": "titans", "num_heads": 16}],
+                    }
+                ],
+            },
+        ),
     ],
     "trimkv": [
         FULL,

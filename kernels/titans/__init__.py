@@ -6,13 +6,14 @@ from torch import Tensor
 from ..autograd import without_autocast
 from ..backend import choose_backend
 from ..checks import check_dtypes, check_rank
-from ..layout import sequence_lengths
+from ..layout import ChunkLayout, sequence_lengths
 from .chunked import titans_torch
+from .nets import read
 from .reference import titans_reference
 from .single import titans_single
 from .types import Rule, TitansState
 
-__all__ = ["TitansState", "titans"]
+__all__ = ["TitansState", "titans", "titans_read"]
 
 # Dimensions: B batch, T tokens, N sequences, H heads, C tokens of a chunk, F head width, G hidden width
 
@@ -102,6 +103,40 @@ def titans(
         else:
             output, final = titans_torch(q, k, v, rate, gates, lengths, rule, state)
     return output, final if return_state else None
+
+
+def titans_read(q: Tensor, weights: tuple[Tensor, ...], *, cu_seqlens: Tensor | None = None) -> Tensor:
+    """What the net of each sequence answers to its queries; nothing is written.
+
+    Args:
+        q: (B, T, H, F); T = 0 is allowed.
+        weights: a net of a `TitansState`, one row per sequence.
+        cu_seqlens: (N+1,) int64 CPU boundaries of a packed row (B = 1).
+
+    Returns:
+        (B, T, H, F) in the dtype of q.
+
+    Raises:
+        ValueError: another number of sequences or heads, or another width.
+    """
+    check_rank("q", q, "(B, T, H, F)")
+    lengths = sequence_lengths(cu_seqlens, q.shape[0], q.shape[1])
+    lead = (len(lengths), q.shape[2])
+    if any(tuple(x.shape[:2]) != lead for x in weights) or weights[0].shape[-1] != q.shape[3]:
+        raise ValueError(
+            f"weights must begin with {lead} and have the width {q.shape[3]} for q {tuple(q.shape)}, got "
+            f"{[tuple(x.shape) for x in weights]}."
+        )
+    if not sum(lengths):
+        return torch.zeros_like(q)
+    layout = ChunkLayout.make(lengths, max(lengths))
+    if 0 in lengths:
+        rows = torch.tensor([n for n, length in enumerate(lengths) if length], device=q.device)
+        weights = tuple(x.index_select(0, rows) for x in weights)
+    grid = layout.to_chunks(q.flatten(0, 1)).transpose(1, 2).to(weights[0].dtype)  # (N, H, C, F)
+    with without_autocast(q.device):
+        found = read(weights, grid).transpose(1, 2)
+    return layout.from_chunks(found).reshape(q.shape).to(q.dtype)
 
 
 def check_rule(rule: Rule) -> None:

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -29,9 +29,16 @@ class CompositeConfig(MixerConfig):
 
     mixers: tuple[MixerConfig, ...]
 
+    _is_wrapper: ClassVar[bool] = False  # around one mixer, in place of several
+
     def __post_init__(self) -> None:
         super().__post_init__()
-        if len(self.mixers) < 2:
+        if self._is_wrapper and len(self.mixers) != 1:
+            raise ValueError(
+                f"a {self.type!r} mixer goes around one inner mixer, got {len(self.mixers)}. List one under "
+                "mixers, such as a parallel or sequential one with several inside."
+            )
+        if not self._is_wrapper and len(self.mixers) < 2:
             raise ValueError(
                 f"a {self.type!r} mixer needs at least two inner mixers, got {len(self.mixers)}. "
                 "List them under mixers, or use the one mixer by itself."

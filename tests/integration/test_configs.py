@@ -124,6 +124,9 @@ def test_models_train_three_steps_at_reduced_size(name: str) -> None:
         ("models/gated_delta_net_1b", 1322),
         ("models/allmem_600m", 662),
         ("models/lact_760m", 798),
+        ("models/titans_mac", 386),
+        ("models/titans_mag", 386),
+        ("models/titans_mal", 386),
     ],
 )
 def test_models_have_the_size_of_their_name(name: str, millions: int) -> None:
