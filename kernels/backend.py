@@ -23,7 +23,7 @@ OPERATIONS: dict[str, tuple[str, ...]] = {
     "causal_conv": ("reference", "torch"),
     "decayed_attention": ("reference", "torch"),
     "decode_attention": ("reference", "torch"),
-    "fast_weight_scan": ("reference", "torch"),
+    "fast_weight_scan": ("reference", "torch", "triton"),
     "gated_rms_norm": ("reference", "torch"),
     "gated_slot_attention": ("reference", "torch", "fla"),
     "linear_attention": ("reference", "torch", "fla"),

@@ -7,6 +7,7 @@ share matmuls; one leaves when its chunks are done. The backward pass runs chunk
 from itertools import accumulate, pairwise
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .layout import ChunkLayout
@@ -25,6 +26,12 @@ def scan_grid(
     lengths: tuple[int, ...],
     positions: tuple[int, ...],
     chunk_size: int,
+    *,
+    num_lasting: int | None = None,
+    is_ordered: bool = True,
+    recompute: bool = True,
+    group_size: int | None = None,
+    forward: Step | None = None,
 ) -> tuple[Tensor, Tensors]:
     """Run a recurrence over chunks.
 
@@ -32,54 +39,84 @@ def scan_grid(
         part: a step for a chunk of which tokens may be missing in front (earlier calls read them) or behind,
             on tensors (M, ...). What it carries out comes twice: first for a chunk that is full now, then for
             one that is still open. Missing tokens are zeros in all inputs.
-        whole: a step for a full chunk that this call has alone; carries out what it was given, once.
+        whole: a step for a full chunk that this call has alone; takes and carries out what lasts.
         carried: tensors (N, ...) before the call.
         tokens: (L, ...) each, of all sequences one after the other.
         constants: tensors that every step sees.
         lengths: tokens of each sequence.
         positions: of each sequence, tokens that earlier calls read of its open chunk.
         chunk_size: C.
+        num_lasting: how many of the carried tensors, in front, outlive a chunk; the others are zeros when one
+            begins. None for all.
+        is_ordered: whether the place of a token in its chunk matters. If not, `part` is given no more slots
+            than it needs.
+        recompute, group_size, forward: see `scan`; of whole chunks, but for recompute.
 
     Returns:
         What the steps gave (M, C, ...), as (L, ...); and the tensors carried out. At least one token.
     """
+    ends = [place + length for place, length in zip(positions, lengths, strict=True)]
+    counts = [
+        max(end // chunk_size - 1, 0) if length else 0 for length, end in zip(lengths, ends, strict=True)
+    ]
     phases = [place if length else 0 for place, length in zip(positions, lengths, strict=True)]
-    layout = ChunkLayout.make(lengths, chunk_size, phases)
+    slots = chunk_size
+    if not is_ordered and max(ends) <= chunk_size:  # all tokens lie in the open chunks
+        phases, slots = [0] * len(lengths), max(lengths)
+    layout = ChunkLayout.make(lengths, slots, phases)
     grids = tuple(layout.to_chunks(x) for x in tokens)  # (K, C, ...)
     rows_of = [tuple(parts) for parts in zip(*(x.unbind(0) for x in carried), strict=True)]
     starts = list(accumulate(layout.num_chunks, initial=0))
-    ends = [place + length for place, length in zip(positions, lengths, strict=True)]
+    lasting = len(carried) if num_lasting is None else num_lasting
     done: list[Tensor] = []  # outputs (chunks, C, ...), and beside them the chunks they are of
     where: list[int] = []
 
-    def run_part(rows: list[int], chunks: list[int]) -> None:
+    def run_part(rows: list[int], chunks: list[int], first: int, last: int) -> None:
+        """With the slots from `first` to `last`."""
         if not rows:
             return
-        inputs = tuple(x[None] for x in _pick(grids, chunks))
-        outputs, found = scan(part, _stack(rows_of, rows), inputs, constants)
-        done.append(outputs[0])
+        inputs = tuple(x[None, :, first:last] for x in _pick(grids, chunks))
+        outputs, found = scan(part, _stack(rows_of, rows), inputs, constants, recompute=recompute)
+        missing = (first, slots - last)
+        output = outputs[0]
+        if any(missing):
+            output = F.pad(output, (*[0, 0] * (output.dim() - 2), *missing))
+        done.append(output)
         where.extend(chunks)
         for m, n in enumerate(rows):
             is_full = chunks[m] < starts[n] + ends[n] // chunk_size
             rows_of[n] = tuple(x[m] for x in (found[: len(carried)] if is_full else found[len(carried) :]))
 
-    rows = [n for n, length in enumerate(lengths) if length]
-    run_part(rows, [starts[n] for n in rows])
+    def needed(first: int, last: int) -> tuple[int, int]:
+        return (0, slots) if is_ordered else (first, min(last, slots))
 
-    counts = [
-        max(end // chunk_size - 1, 0) if length else 0 for length, end in zip(lengths, ends, strict=True)
-    ]
+    rows = [n for n, length in enumerate(lengths) if length]
+    run_part(
+        rows,
+        [starts[n] for n in rows],
+        *needed(min(phases[n] for n in rows), max(phases[n] + lengths[n] for n in rows)),
+    )
+
     for rows, begin, end in _stretches(counts):
         chunks = [starts[n] + 1 + step for step in range(begin, end) for n in rows]
         inputs = tuple(x.unflatten(0, (end - begin, len(rows))) for x in _pick(grids, chunks))
-        outputs, found = scan(whole, _stack(rows_of, rows), inputs, constants)
+        outputs, found = scan(
+            whole,
+            _stack(rows_of, rows)[:lasting],
+            inputs,
+            constants,
+            recompute=recompute,
+            group_size=group_size,
+            forward=forward,
+        )
         done.append(outputs.flatten(0, 1))
         where += chunks
         for m, n in enumerate(rows):
-            rows_of[n] = tuple(x[m] for x in found)
+            rows_of[n] = (*(x[m] for x in found), *rows_of[n][lasting:])
 
     rows = [n for n, end in enumerate(ends) if end > chunk_size and end % chunk_size]
-    run_part(rows, [starts[n] + 1 + counts[n] for n in rows])
+    left = max([0, *(ends[n] % chunk_size for n in rows)])
+    run_part(rows, [starts[n] + 1 + counts[n] for n in rows], *needed(0, left))
 
     output = torch.cat(done)
     order = sorted(range(len(where)), key=where.__getitem__)

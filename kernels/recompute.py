@@ -19,7 +19,16 @@ Tensors = tuple[Tensor, ...]
 Step = Callable[[Tensors, Tensors, Tensors], tuple[Tensor, Tensors]]
 
 
-def scan(step: Step, carried: Tensors, inputs: Tensors, constants: Tensors) -> tuple[Tensor, Tensors]:
+def scan(
+    step: Step,
+    carried: Tensors,
+    inputs: Tensors,
+    constants: Tensors,
+    *,
+    recompute: bool = True,
+    group_size: int | None = None,
+    forward: Step | None = None,
+) -> tuple[Tensor, Tensors]:
     """output_s, carried = step(carried, inputs_s, constants) for every s in order.
 
     Args:
@@ -27,18 +36,25 @@ def scan(step: Step, carried: Tensors, inputs: Tensors, constants: Tensors) -> t
         carried: tensors before the first step.
         inputs: (S, ...) each, S at least 1.
         constants: tensors that every step sees.
+        recompute: False keeps what every step computes for the backward pass instead.
+        group_size: steps between two kept places; None for about sqrt(S).
+        forward: takes the place of `step` where no gradient is recorded, with the same results.
 
     Returns:
         The outputs (S, ...), and the tensors carried out of the last step. Differentiable once.
     """
     num_steps = inputs[0].shape[0]
     # a compiler decides by itself what to store
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+    if torch.compiler.is_compiling():
         return _run(step, carried, inputs, constants)
-    length = math.isqrt(num_steps - 1) + 1
+    if not torch.is_grad_enabled():
+        return _run(forward or step, carried, inputs, constants)
+    if not recompute:
+        return _run(step, carried, inputs, constants)
+    length = group_size or math.isqrt(num_steps - 1) + 1
     groups = [(start, min(start + length, num_steps)) for start in range(0, num_steps, length)]
     sizes = (len(carried), len(inputs), len(constants))
-    outputs, *final = _Scan.apply(step, groups, sizes, *carried, *inputs, *constants)
+    outputs, *final = _Scan.apply((step, forward or step), groups, sizes, *carried, *inputs, *constants)
     return outputs, tuple(final)
 
 
@@ -55,13 +71,13 @@ class _Scan(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensors:
-        step, groups, sizes, *tensors = arguments
+        (step, fast), groups, sizes, *tensors = arguments
         carried, inputs, constants = _split(tuple(tensors), sizes)
         entering: list[Tensor] = []
         outputs = []
         for start, end in groups:
             entering.extend(carried)
-            output, carried = _run(step, carried, tuple(x[start:end] for x in inputs), constants)
+            output, carried = _run(fast, carried, tuple(x[start:end] for x in inputs), constants)
             outputs.append(output)
         ctx.save_for_backward(*inputs, *constants, *entering)
         ctx.plan = (step, groups, sizes)

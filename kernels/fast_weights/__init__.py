@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Unpack
 
 import torch
 from torch import Tensor
 
 from ..autograd import without_autocast
-from ..backend import choose_backend
+from ..backend import TRITON_INTERPRETED, choose_backend
 from ..layout import sequence_lengths
-from .arguments import check_arguments, check_choice, check_rule, check_state
-from .chunked import Tokens, fast_weight_scan_torch
+from ..recompute import Step
+from .arguments import can_run_triton, check_arguments, check_choice, check_rule, check_state
+from .chunked import Tokens, fast_weight_scan_torch, layout_of
 from .nets import NETS
 from .newton_schulz import LACT_COEFFICIENTS, newton_schulz
 from .reference import fast_weight_scan_reference
@@ -147,7 +149,8 @@ def fast_weight_scan(
         return_state: also return the state after the last token.
         cu_seqlens: (N+1,) int64 CPU boundaries of a packed row (B = 1); every sequence has its own net and
             its own grid. Sequences without tokens are allowed and return their state unchanged.
-        backend: "auto", "reference" or "torch".
+        backend: "auto", "reference", "torch" or "triton" (whole chunks of swiglu nets, forward; on CUDA, or
+            in Triton's interpreter).
 
     Returns:
         The output (B, T, H, E) in the dtype of q, and the state or None.
@@ -177,7 +180,12 @@ def fast_weight_scan(
     if initial_state is not None:
         check_state(initial_state, len(lengths), q.shape[2], rule, acc, momentum is not None)
         num_seen = initial_state.num_tokens.tolist()
-    chosen = choose_backend("fast_weight_scan", backend, ("torch",))
+    widths = (q.shape[3], v.shape[3], weights[0].shape[-2])
+    eligible: tuple[str, ...] = ("torch",)
+    if (q.is_cuda or TRITON_INTERPRETED) and can_run_triton(rule, q.dtype, widths):
+        # its interpreter only when asked for
+        eligible = ("triton", "torch") if q.is_cuda else ("torch", "triton")
+    chosen = choose_backend("fast_weight_scan", backend, eligible)
     tokens = Tokens(q, k, v, rates, momentum)
     # sums stay in the accumulation dtype: autocast must not round the matmuls that make them
     with without_autocast(q.device):
@@ -195,9 +203,23 @@ def fast_weight_scan(
             output, final = fast_weight_scan_single(tokens, targets, state, rule, num_seen=num_seen)
         else:
             output, final = fast_weight_scan_torch(
-                tokens, lengths, targets, state, rule, recompute=recompute, num_seen=num_seen
+                tokens,
+                lengths,
+                targets,
+                state,
+                rule,
+                recompute=recompute,
+                num_seen=num_seen,
+                forward=_triton_chunk(rule, momentum is not None) if chosen == "triton" else None,
             )
     return output, final if return_state else None
+
+
+def _triton_chunk(rule: Rule, has_momentum: bool) -> Step:
+    """A whole chunk in Triton, imported where it is used."""
+    from .triton_kernels import whole_chunk_triton
+
+    return partial(whole_chunk_triton, rule, layout_of(rule, has_momentum))
 
 
 def fast_weight_step(

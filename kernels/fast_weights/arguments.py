@@ -16,6 +16,7 @@ from .types import FastWeightState, Rule
 # Dimensions: B batch, T tokens, N sequences, H heads, D width of keys, E width of values, F hidden width, R
 # matrices, P numbers in all matrices
 
+TRITON_WIDTHS = (64, 64, 128)  # keys, values, hidden: a wider net does not fit on the chip
 CHOICES = {
     "net": tuple(NETS),
     "loss": ("dot", "l2"),
@@ -129,3 +130,22 @@ def check_state(
             f"initial_state.num_tokens must hold {num_sequences} integers on the CPU, got shape "
             f"{tuple(counts.shape)}, dtype {counts.dtype}, device {counts.device}."
         )
+
+
+def can_run_triton(rule: Rule, dtype: torch.dtype, widths: tuple[int, int, int]) -> bool:
+    """Whether the Triton form covers a call: a small SwiGLU net, dot loss, steps without clipping.
+
+    Args:
+        dtype: of queries, keys and values.
+        widths: of keys, of values, and of the hidden layer.
+    """
+    return (
+        rule.net == "swiglu"
+        and rule.loss == "dot"
+        and rule.optimizer in ("sgd", "momentum")
+        and rule.fast_norm in ("none", "internal", "post")
+        and rule.max_grad_norm is None
+        and rule.bptt_chunks is None
+        and dtype in (torch.float32, torch.bfloat16, torch.float16)
+        and all(width <= limit for width, limit in zip(widths, TRITON_WIDTHS, strict=True))
+    )

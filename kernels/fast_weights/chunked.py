@@ -1,74 +1,76 @@
-"""The fast-weight memory chunk by chunk: matmuls over all tokens of a chunk, sequences of a kind together.
+"""The fast-weight memory chunk by chunk: matmuls over all tokens of a chunk, sequences together.
 
 A chunk reads the weights that the chunk before left, so its reads and its gradient are independent of one
 another, and a call may end or begin anywhere in it: the steps of its tokens add up in the state.
 
-The backward pass keeps the state in front of every few chunks and runs those chunks again, with a graph of
-their own that lives as long as they do. With K chunks, states of S numbers and chunks of I intermediate
-numbers, K S / k + k I numbers are held when k chunks lie between two kept states; k is chosen to make that
-small.
+The backward pass runs chunks again (`memzoo.kernels.grid_scan`). With K chunks, states of S numbers and
+chunks of I intermediate numbers, K S / k + k I numbers are held when k chunks lie between two kept states; k
+is chosen to make that small.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
 
-from ..autograd import backward_without_autocast
-from .nets import Matrix, descend, read_net
-from .types import FastWeightState, Memory, Rule, pack
-from .update import complete_chunk, read_and_gradient_points
+from ..grid_scan import scan_grid
+from ..recompute import Step, Tensors
+from .nets import add_steps, run_net
+from .types import FastWeightState, Rule, pack_blocks
+from .update import close_chunk, move, points
 
-# Dimensions: B batch, T tokens, N sequences, G sequences of a group, H heads, D width of keys, E width of
-# values, R matrices, P numbers in all matrices of one head's net
+# Dimensions: B batch, T tokens, N sequences, M some of them, H heads, C tokens of a chunk, D width of keys,
+# E width of values, R matrices, P numbers in all matrices of one head's net
 
 
 class Tokens(NamedTuple):
-    """Tokens of the sequences of a group, or a piece of them."""
+    """Tokens of a call."""
 
-    q: Tensor  # (G, T, H, D)
-    k: Tensor  # (G, T, H, D)
-    v: Tensor  # (G, T, H, E)
-    rates: Tensor  # (G, T, H, R)
-    momentum: Tensor | None  # (G, T, H)
-
-    def split(self, sizes: Sequence[int]) -> list[Tokens]:
-        """Pieces of the given numbers of tokens."""
-        return [Tokens(*piece) for piece in _split(self, sizes, 1)]
+    q: Tensor  # (B, T, H, D)
+    k: Tensor  # (B, T, H, D)
+    v: Tensor  # (B, T, H, E)
+    rates: Tensor  # (B, T, H, R)
+    momentum: Tensor | None  # (B, T, H)
 
 
-class _Piece(NamedTuple):
-    """Tokens of one call that lie in one chunk of the sequences' own grid."""
+class Pieces(NamedTuple):
+    """Tokens of one chunk, and what is special about it."""
 
-    size: int
-    chunk: int  # which one
-    completes: bool  # whether they fill it
-
-
-def _pieces(num_tokens: int, num_seen: int, chunk_size: int) -> list[_Piece]:
-    pieces, position, end = [], num_seen, num_seen + num_tokens
-    while position < end:
-        chunk = position // chunk_size
-        boundary = (chunk + 1) * chunk_size
-        pieces.append(_Piece(min(boundary, end) - position, chunk, boundary <= end))
-        position = boundary
-    return pieces
+    q: Tensor  # (M, C, H, D)
+    k: Tensor  # (M, C, H, D)
+    v: Tensor  # (M, C, H, E)
+    rates: Tensor  # (M, C, H, R)
+    momentum: Tensor | None  # (M, C, H)
+    is_first: Tensor | None  # (M,) whether it is the first of its sequence; None where that does not matter
+    is_cut: Tensor | None  # (M,) whether no gradient goes through its end; None for none
 
 
-def _groups(lengths: Sequence[int], num_seen: Sequence[int]) -> list[tuple[int, int, int]]:
-    """Runs of sequences with as many tokens, now and before: (sequences, tokens, tokens before)."""
-    groups: list[tuple[int, int, int]] = []
-    for length, seen in zip(lengths, num_seen, strict=True):
-        if groups and groups[-1][1:] == (length, seen):
-            groups[-1] = (groups[-1][0] + 1, length, seen)
-        else:
-            groups.append((1, length, seen))
-    return groups
+class Layout(NamedTuple):
+    """Which tensors a scan hands on: blocks of weights, of momentum and pending ones, the sum of momenta."""
+
+    num_blocks: int
+    has_momentum: bool
+    has_first: bool
+    has_cuts: bool
+
+    @property
+    def num_lasting(self) -> int:
+        """How many of them a chunk finds when it begins, in front; the rest are zeros then."""
+        return self.num_blocks * (2 if self.has_momentum else 1)
+
+    def pieces(self, tensors: Tensors) -> Pieces:
+        """What the tokens of a chunk are."""
+        given = iter(tensors)
+        q, k, v, rates = (next(given) for _ in range(4))
+        momentum = next(given) if self.has_momentum else None
+        # missing tokens are zeros
+        is_first = next(given).amax(1) > 0 if self.has_first else None
+        is_cut = next(given).amax(1) > 0 if self.has_cuts else None
+        return Pieces(q, k, v, rates, momentum, is_first, is_cut)
 
 
 def fast_weight_scan_torch(
@@ -79,176 +81,121 @@ def fast_weight_scan_torch(
     rule: Rule,
     *,
     recompute: bool,
-    num_seen: Sequence[int],
+    num_seen: list[int],
+    forward: Step | None = None,
 ) -> tuple[Tensor, FastWeightState]:
-    """Chunked form of `memzoo.kernels.fast_weight_scan`; arguments are already checked."""
-    groups = _groups(lengths, num_seen)
-    memory = Memory(state.weights, state.pending, state.momentum, state.momentum_sum)
-    tight = [None if x is None else x.flatten(0, 1) for x in tokens]  # (L, ...)
-    rows = _split(tight, [count * length for count, length, _ in groups], 0)
-    states = _split(memory, [count for count, _, _ in groups], 0)
-    outputs: list[Tensor] = []
-    finals: list[Memory] = []
-    for (count, length, seen), row, entering in zip(groups, rows, states, strict=True):
-        dense: list[Any] = [None if x is None else x.unflatten(0, (count, length)) for x in row]
-        pieces = _pieces(length, seen, rule.chunk_size)
-        out, final = _scan(Tokens(*dense), Memory(*entering), row_norms, rule, pieces, recompute)
-        outputs.append(out.flatten(0, 1))
-        finals.append(final)
+    """Chunked form of `memzoo.kernels.fast_weight_scan`; arguments are already checked.
+
+    Args:
+        forward: takes the place of `whole_chunk` where no gradient is recorded.
+    """
+    if not sum(lengths):
+        return torch.zeros_like(tokens.v), state
+    layout = layout_of(rule, state.momentum is not None)
+    places = [seen + t for seen, length in zip(num_seen, lengths, strict=True) for t in range(length)]
+    inputs = [x.flatten(0, 1) for x in tokens if x is not None]
+    acc: dict[str, Any] = {"dtype": state.weights.dtype, "device": state.weights.device}
+    if layout.has_first:
+        inputs.append(torch.tensor([float(place < rule.chunk_size) for place in places], **acc))
+    if rule.bptt_chunks is not None:
+        period = rule.chunk_size * rule.bptt_chunks
+        inputs.append(
+            torch.tensor([float(place % period >= period - rule.chunk_size) for place in places], **acc)
+        )
+    parts = [state.weights, state.momentum, state.pending]
+    carried = [block for part in parts if part is not None for block in rule.blocks(part)]
+    if state.momentum_sum is not None:
+        carried.append(state.momentum_sum)
+    output, found = scan_grid(
+        partial(open_chunk, rule, layout),
+        partial(whole_chunk, rule, layout),
+        tuple(carried),
+        tuple(inputs),
+        rule.block_lengths(row_norms),
+        lengths,
+        tuple(seen % rule.chunk_size for seen in num_seen),
+        rule.chunk_size,
+        num_lasting=layout.num_lasting,
+        is_ordered=False,
+        recompute=recompute,
+        group_size=_group_size(rule, max(lengths) // rule.chunk_size, tokens.q.shape[-1]),
+        forward=forward,
+    )
+    count = layout.num_blocks
+    starts = range(0, (3 if layout.has_momentum else 2) * count, count)
+    nets = [pack_blocks(found[start : start + count]) for start in starts]
     num_tokens = torch.tensor([seen + n for seen, n in zip(num_seen, lengths, strict=True)])
-    weights, pending, momentum, momentum_sum = _join(finals, 0)
-    after = FastWeightState(weights, pending, num_tokens, momentum, momentum_sum)
-    return torch.cat(outputs).view(tokens.v.shape), after
+    momentum, momentum_sum = (nets[1], found[-1]) if layout.has_momentum else (None, None)
+    after = FastWeightState(nets[0], nets[-1], num_tokens, momentum, momentum_sum)
+    return output.reshape(tokens.v.shape), after
 
 
-def _scan(
-    tokens: Tokens,
-    memory: Memory,
-    row_norms: tuple[Tensor, ...],
-    rule: Rule,
-    pieces: list[_Piece],
-    recompute: bool,
-) -> tuple[Tensor, Memory]:
-    """Output (G, T, H, E) and final memory of one group."""
-    tensors = [x for x in (*tokens, *memory, *row_norms) if x is not None]
-    needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-    if not pieces or not recompute or not needs_grad or is_compiling():
-        return _run(tokens, memory, row_norms, rule, pieces)
-    out, *final = _RecomputedScan.apply(_Plan(rule, pieces), *tokens, *memory, *row_norms)
-    return out, Memory(*final)
+def layout_of(rule: Rule, has_momentum: bool) -> Layout:
+    """What a scan with these settings hands on."""
+    num_blocks = 1 if rule.net == "linear" else 2
+    return Layout(num_blocks, has_momentum, rule.fast_norm == "pre", rule.bptt_chunks is not None)
 
 
-def _run(
-    tokens: Tokens, memory: Memory, row_norms: tuple[Tensor, ...], rule: Rule, pieces: list[_Piece]
-) -> tuple[Tensor, Memory]:
-    """Piece after piece in plain differentiable algebra."""
-    outputs = []
-    for own, piece in zip(tokens.split([piece.size for piece in pieces]), pieces, strict=True):
-        out, memory = _run_piece(own, memory, row_norms, rule, piece)
-        outputs.append(out)
-    return torch.cat(outputs, dim=1) if outputs else torch.zeros_like(tokens.v), memory
+def whole_chunk(
+    rule: Rule, layout: Layout, carried: Tensors, tensors: Tensors, constants: Tensors
+) -> tuple[Tensor, Tensors]:
+    """A full chunk: read, and step."""
+    pieces = layout.pieces(tensors)
+    weights, momentum = carried[: layout.num_blocks], carried[layout.num_blocks :]
+    out, pairs, base = _read(rule, pieces, weights, constants)
+    keep = None if pieces.momentum is None else pieces.momentum.to(out.dtype).mean(1)  # (M, H)
+    if rule.max_grad_norm is None and keep is not None:
+        moved = add_steps(pairs, [keep[..., None, None, None] * x for x in momentum])
+        closed = move(weights, base, moved, constants, rule)
+    else:
+        total = add_steps(pairs, weights, is_zero=True)
+        closed, moved = close_chunk(weights, base, total, momentum or None, keep, constants, rule)
+    return out.transpose(1, 2).to(pieces.q.dtype), _cut(pieces, [*closed, *moved])
 
 
-def _run_piece(
-    tokens: Tokens, memory: Memory, row_norms: tuple[Tensor, ...], rule: Rule, piece: _Piece
-) -> tuple[Tensor, Memory]:
-    """One piece: read, add its steps to the pending ones, and apply them where the chunk is full."""
-    acc = memory.weights.dtype
-    q, k, v, rates = (x.to(acc).transpose(1, 2) for x in tokens[:4])  # (G, H, C, D, E or R)
-    read, base = read_and_gradient_points(memory.weights, row_norms, rule, is_first=piece.chunk == 0)
-    matrices = [Matrix(x) for x in rule.unpack(read)]
-    out = read_net(rule.net, q, matrices, residual=rule.residual)  # (G, H, C, E)
-    if base is not read:
-        matrices = [Matrix(x) for x in rule.unpack(base)]
-    steps = descend(rule.net, k, v, rates, matrices, residual=rule.residual, loss=rule.loss)
-    momentum_sum = memory.momentum_sum
-    if momentum_sum is not None:
-        assert tokens.momentum is not None
-        momentum_sum = momentum_sum + tokens.momentum.to(acc).sum(1)
-    memory = Memory(memory.weights, memory.pending + pack(steps), memory.momentum, momentum_sum)
-    if piece.completes:
-        memory = complete_chunk(memory, base, row_norms, rule)
-        if rule.bptt_chunks is not None and (piece.chunk + 1) % rule.bptt_chunks == 0:
-            memory = memory.map(Tensor.detach)
-    return out.transpose(1, 2).to(tokens.q.dtype), memory
+def open_chunk(
+    rule: Rule, layout: Layout, carried: Tensors, tensors: Tensors, constants: Tensors
+) -> tuple[Tensor, Tensors]:
+    """A chunk of which tokens may be missing: what is carried on if it is full now, and if not."""
+    pieces, count = layout.pieces(tensors), layout.num_blocks
+    weights, momentum = carried[:count], carried[count : layout.num_lasting]
+    pending = carried[layout.num_lasting : layout.num_lasting + count]
+    out, pairs, base = _read(rule, pieces, weights, constants)
+    total = add_steps(pairs, pending)
+    sums: tuple[Tensor, ...] = ()
+    if pieces.momentum is not None:
+        sums = (carried[-1] + pieces.momentum.to(out.dtype).sum(1),)
+    keep = sums[0] / rule.chunk_size if sums else None
+    closed, moved = close_chunk(weights, base, total, momentum or None, keep, constants, rule)
+    nothing = (torch.zeros_like(x) for x in (*total, *sums))
+    full = (*_cut(pieces, [*closed, *moved]), *nothing)
+    return out.transpose(1, 2).to(pieces.q.dtype), (*full, *weights, *momentum, *total, *sums)
 
 
-class _Plan(NamedTuple):
-    """What a scan with recomputation needs beside tensors."""
-
-    rule: Rule
-    pieces: list[_Piece]
-
-    def segments(self, head_dim: int) -> list[list[_Piece]]:
-        """Pieces between two kept states, about as many as make the memory of the backward pass small."""
-        shapes = self.rule.shapes
-        weights = sum(rows * columns for rows, columns in shapes)
-        state = weights * (1 if self.rule.optimizer == "sgd" else 2)
-        size = max(piece.size for piece in self.pieces)
-        # what autograd holds of a chunk: some rows per token, some copies of the weights
-        chunk = size * (4 * head_dim + 4 * sum(rows for rows, _ in shapes)) + 6 * weights
-        if self.rule.optimizer == "muon":
-            chunk += 4 * self.rule.ns_steps * weights
-        length = max(1, round(math.sqrt(len(self.pieces) * state / chunk)))
-        return [self.pieces[i : i + length] for i in range(0, len(self.pieces), length)]
+def _read(
+    rule: Rule, pieces: Pieces, weights: Tensors, lengths: Tensors
+) -> tuple[Tensor, list[tuple[Tensor, Tensor]], list[Tensor] | None]:
+    """Outputs (M, H, C, E) and what is written, as `run_net` has it; factors of `points`."""
+    acc = weights[0].dtype
+    q, k, v, rates = (x.to(acc).transpose(1, 2) for x in pieces[:4])  # (M, H, C, D, E or R)
+    scales, base = points(weights, lengths, rule, pieces.is_first)
+    out, pairs = run_net(rule.net, q, k, v, rates, weights, scales, residual=rule.residual, loss=rule.loss)
+    return out, pairs, base
 
 
-class _RecomputedScan(torch.autograd.Function):
-    """`_run` with a backward pass that runs the pieces again, a segment at a time."""
-
-    @staticmethod
-    def forward(ctx: Any, plan: _Plan, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-        tokens, memory, row_norms = _take_apart(tensors)
-        segments = plan.segments(tokens.q.shape[-1])
-        kept: list[Tensor | None] = []
-        outputs: list[Tensor] = []
-        for own, segment in zip(tokens.split(_token_counts(segments)), segments, strict=True):
-            if outputs:
-                kept += [memory.weights, memory.momentum]
-            out, memory = _run(own, memory, row_norms, plan.rule, segment)
-            outputs.append(out)
-        ctx.save_for_backward(*tensors, *kept)
-        ctx.plan, ctx.num_inputs = plan, len(tensors)
-        return (torch.cat(outputs, dim=1), *memory)
-
-    @staticmethod
-    @backward_without_autocast
-    def backward(ctx: Any, d_output: Tensor, *d_final: Tensor | None) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors
-        tokens, first, row_norms = _take_apart(saved[: ctx.num_inputs])
-        kept = saved[ctx.num_inputs :]
-        segments = ctx.plan.segments(tokens.q.shape[-1])
-        counts = _token_counts(segments)
-        token_grads: list[list[Any]] = []
-        norm_grads = [torch.zeros_like(x) for x in row_norms]
-        d_memory = list(d_final)
-        parts = list(zip(segments, tokens.split(counts), d_output.split(counts, dim=1), strict=True))
-        for s, (segment, own, d_out) in reversed(list(enumerate(parts))):
-            memory = first
-            if s > 0:
-                weights, momentum = kept[2 * s - 2 : 2 * s]
-                sums = None if first.momentum_sum is None else torch.zeros_like(first.momentum_sum)
-                memory = Memory(weights, torch.zeros_like(weights), momentum, sums)
-            leaves = [None if x is None else x.detach().requires_grad_() for x in (*own, *memory, *row_norms)]
-            with torch.enable_grad():
-                out, final = _run(*_take_apart(leaves), ctx.plan.rule, segment)
-            # detached or zeroed parts of the memory have nothing before them
-            ends = [
-                (x, grad)
-                for x, grad in zip((out, *final), (d_out, *d_memory), strict=True)
-                if x is not None and x.requires_grad
-            ]
-            wanted = [x for x in leaves if x is not None]
-            found = torch.autograd.grad(
-                [x for x, _ in ends], wanted, [grad for _, grad in ends], allow_unused=True
-            )
-            grads = iter(found)
-            filled: list[Any] = [None if x is None else _or_zeros(next(grads), x) for x in leaves]
-            token_grads.append(filled[:5])
-            d_memory = filled[5:9]
-            for total, grad in zip(norm_grads, filled[9:], strict=True):
-                total += grad
-        return None, *_join(token_grads[::-1], 1), *d_memory, *norm_grads
+def _cut(pieces: Pieces, blocks: list[Tensor]) -> Tensors:
+    """Blocks (M, ...) without their gradient where the chunk says so."""
+    if pieces.is_cut is None:
+        return tuple(blocks)
+    return tuple(torch.where(pieces.is_cut.view(-1, 1, 1, 1, 1), x.detach(), x) for x in blocks)
 
 
-def _split(parts: Sequence[Tensor | None], sizes: Sequence[int], axis: int) -> list[tuple[Any, ...]]:
-    """All parts cut in the same way; what is None stays None."""
-    columns = [[None] * len(sizes) if x is None else x.split(list(sizes), axis) for x in parts]
-    return list(zip(*columns, strict=True))
-
-
-def _join(pieces: Sequence[Sequence[Any]], axis: int) -> list[Any]:
-    """The inverse of `_split`."""
-    return [None if column[0] is None else torch.cat(column, axis) for column in zip(*pieces, strict=True)]
-
-
-def _take_apart(tensors: Sequence[Any]) -> tuple[Tokens, Memory, tuple[Tensor, ...]]:
-    return Tokens(*tensors[:5]), Memory(*tensors[5:9]), tuple(tensors[9:])
-
-
-def _token_counts(segments: list[list[_Piece]]) -> list[int]:
-    return [sum(piece.size for piece in segment) for segment in segments]
-
-
-def _or_zeros(grad: Tensor | None, like: Tensor) -> Tensor:
-    return torch.zeros_like(like) if grad is None else grad
+def _group_size(rule: Rule, num_chunks: int, head_dim: int) -> int:
+    """Chunks between two kept states, about as many as make the memory of the backward pass small."""
+    weights = sum(rows * columns for rows, columns in rule.shapes)
+    state = weights * (1 if rule.optimizer == "sgd" else 2)
+    # what autograd holds of a chunk: some rows per token, some copies of the weights
+    chunk = rule.chunk_size * (4 * head_dim + 4 * sum(rows for rows, _ in rule.shapes)) + 6 * weights
+    if rule.optimizer == "muon":
+        chunk += 4 * rule.ns_steps * weights
+    return max(1, round(math.sqrt(num_chunks * state / chunk)))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
+
+from .nets import NETS
 
 # Dimensions: N sequences, H heads, P numbers in all matrices of one head's net
 
@@ -73,21 +75,6 @@ class FastWeightOptions(TypedDict, total=False):
     backend: str
 
 
-class Memory(NamedTuple):
-    """The tensors of a state, as the recurrence passes them on."""
-
-    weights: Tensor
-    pending: Tensor
-    momentum: Tensor | None
-    momentum_sum: Tensor | None
-
-    def map(self, function: Callable[[Tensor], Tensor]) -> Memory:
-        """`function` of every tensor there is."""
-        momentum = None if self.momentum is None else function(self.momentum)
-        momentum_sum = None if self.momentum_sum is None else function(self.momentum_sum)
-        return Memory(function(self.weights), function(self.pending), momentum, momentum_sum)
-
-
 @dataclass(frozen=True)
 class Rule:
     """What a fast-weight memory is and how it learns; the arguments of `fast_weight_scan`, checked.
@@ -112,7 +99,28 @@ class Rule:
         """Views (..., rows, columns) of the matrices in flat (..., P)."""
         return unpack_fast_weights(flat, self.shapes)
 
+    def blocks(self, flat: Tensor) -> list[Tensor]:
+        """Views (..., G, rows, columns) of the blocks of matrices in flat (..., P), as in nets.py."""
+        matrices, found = iter(self.shapes), []
+        for count in NETS[self.net].blocks:
+            shapes = [next(matrices) for _ in range(count)]
+            found.append((count, *shapes[0]))
+        pieces = flat.split([count * rows * columns for count, rows, columns in found], dim=-1)
+        return [piece.unflatten(-1, shape) for piece, shape in zip(pieces, found, strict=True)]
 
-def pack(matrices: list[Tensor] | tuple[Tensor, ...]) -> Tensor:
+    def block_lengths(self, lengths: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Row lengths (H, G, rows) of blocks from those (H, rows) of matrices."""
+        each = iter(lengths)
+        return tuple(
+            torch.stack([next(each) for _ in range(count)], dim=-2) for count in NETS[self.net].blocks
+        )
+
+
+def pack(matrices: Sequence[Tensor]) -> Tensor:
     """Matrices (..., rows, columns) one after the other: (..., P)."""
     return torch.cat([matrix.flatten(-2) for matrix in matrices], dim=-1)
+
+
+def pack_blocks(blocks: Sequence[Tensor]) -> Tensor:
+    """Blocks (..., G, rows, columns) one after the other: (..., P)."""
+    return torch.cat([block.flatten(-3) for block in blocks], dim=-1)

@@ -66,6 +66,7 @@ def titans_torch(
         lengths,
         tuple(n % rule.chunk_size for n in state.position),
         rule.chunk_size,
+        num_lasting=len((*state.weights, *state.base, *state.momentum)),
     )
     ends = zip(state.position, lengths, strict=True)
     position = tuple((n + length) % rule.period for n, length in ends)
@@ -93,22 +94,24 @@ def _chunk_step(
 ) -> tuple[Tensor, Tensors]:
     """A chunk with one pair of gates."""
     state = _unpack(carried, rule, size)
-    assert state.gates is not None
     *heads, rate, gates, moves = pieces
     q, k, v = (x.transpose(1, 2).to(rate.dtype) for x in heads)  # (M, H, C, F)
     sums = writes(state.base, k, v, rule.loss_scale).sums(rate.transpose(1, 2)[..., None])
-    total = tuple(p - s for p, s in zip(state.pending, sums, strict=True))
-    logits = state.gates + gates.sum(1)  # (M, H, 2)
+    total, logits = tuple(-s for s in sums), gates.sum(1)  # (M, H, 2)
+    if is_part:
+        assert state.gates is not None
+        total = tuple(p + t for p, t in zip(state.pending, total, strict=True))
+        logits = state.gates + logits
     closed, momentum = advance(state.weights, state.momentum, total, logits / rule.chunk_size, rule)
     output = torch.cat([read(state.weights, q[..., :-1, :]), read(closed, q[..., -1:, :])], dim=-2)
     base = state.base
     if rule.rebase_size is not None:
         is_moved = moves[:, -1, None, None, None] > 0
         base = tuple(torch.where(is_moved, w, b) for w, b in zip(closed, base, strict=True))
+    if not is_part:
+        return output.transpose(1, 2), _pack(TitansState(closed, base, momentum, (), None, ()))
     nothing = tuple(torch.zeros_like(p) for p in total)
     after = TitansState(closed, base, momentum, nothing, torch.zeros_like(logits), ())
-    if not is_part:
-        return output.transpose(1, 2), _pack(after)
     still_open = state._replace(pending=total, gates=logits)
     return output.transpose(1, 2), (*_pack(after), *_pack(still_open))
 

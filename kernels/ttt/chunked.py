@@ -52,6 +52,7 @@ def ttt_torch(
         lengths,
         state.position,
         len(reader_rate),
+        num_lasting=num_parts,
     )
     ends = zip(state.position, lengths, strict=True)
     position = tuple((place + length) % len(reader_rate) for place, length in ends)
@@ -92,9 +93,8 @@ def _mini_batch(
 
 def _whole(eps: float, carried: Tensors, pieces: Tensors, constants: Tensors) -> tuple[Tensor, Tensors]:
     """A step over a mini-batch that no other call has read from: nothing is pending before or behind it."""
-    start, pending = carried[: len(carried) // 2], carried[len(carried) // 2 :]
-    output, total = _mini_batch(start, pieces, constants, eps)
-    return output, (*_close(start, total, constants), *pending)
+    output, total = _mini_batch(carried, pieces, constants, eps)
+    return output, _close(carried, total, constants)
 
 
 def _part(eps: float, carried: Tensors, pieces: Tensors, constants: Tensors) -> tuple[Tensor, Tensors]:

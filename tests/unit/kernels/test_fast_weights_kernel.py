@@ -15,7 +15,12 @@ from memzoo.kernels import (
     newton_schulz,
     unpack_fast_weights,
 )
+from memzoo.kernels.backend import available_backends
 from memzoo.testing import assert_close
+
+needs_triton = pytest.mark.skipif(
+    "triton" not in available_backends("fast_weight_scan"), reason="Triton is made for Linux only"
+)
 
 HEADS, WIDTH, HIDDEN, CHUNK = 2, 5, 6, 4
 CONFIGS = {
@@ -383,7 +388,7 @@ def test_the_orthogonal_factor_of_newton_schulz() -> None:
         ({"rates": torch.zeros(2, 6, 2, 2)}, r"rates must have shape \(2, 6, 2, 3\)"),
         ({"k": torch.zeros(2, 5, 2, 5)}, "q and k must have one shape"),
         ({"v": torch.zeros(2, 6, 2, 5).double()}, "share one dtype"),
-        ({"backend": "triton"}, "is not a backend of fast_weight_scan"),
+        ({"backend": "fla"}, "is not a backend of fast_weight_scan"),
         (
             {"weights": [torch.zeros(1, 6, 5)] * 3},
             r"the matrix 'gate' in weights must have shape \(2, 6, 5\)",
@@ -419,3 +424,32 @@ def test_a_state_of_another_call_is_refused() -> None:
         unpack_fast_weights(state.weights[..., 1:], fast_weight_shapes("swiglu", WIDTH, HIDDEN))
     with pytest.raises(ValueError, match="net must be one of"):
         fast_weight_shapes("cnn", 4)
+
+
+@needs_triton
+@pytest.mark.parametrize("fast_norm", ["internal", "post", "none"])
+@pytest.mark.parametrize("has_momentum", [True, False])
+def test_triton_agrees_with_the_definition(fast_norm: str, has_momentum: bool) -> None:
+    """Chunks of more tokens than it holds at once, an open one in front and behind, and gradients."""
+    options = {"fast_norm": fast_norm, "optimizer": "momentum" if has_momentum else "sgd", "chunk_size": 40}
+    case = Case(2, 100, dtype=torch.float32, has_momentum=has_momentum, **options)
+    case.weights = [x.detach().float().requires_grad_() for x in case.weights]
+    past = Case(2, 7, dtype=torch.float32, has_momentum=has_momentum, seed=5, **options)
+    past.weights = case.weights
+    state = parts_wanting_gradients(past.call()[1])
+    found = [
+        case.results(*case.call(backend, initial_state=state), *leaves_of(state))
+        for backend in ("triton", "reference")
+    ]
+    compare(*found, 1e-4)
+
+
+@needs_triton
+def test_triton_covers_packed_rows_and_says_what_it_does_not() -> None:
+    bounds = torch.tensor([0, 9, 9, 30])
+    case = Case(1, 30, dtype=torch.float32, residual=False, value_width=3)
+    with torch.no_grad():
+        found, expected = (case.call(name, cu_seqlens=bounds)[0] for name in ("triton", "torch"))
+    assert_close("output", found, expected, 1e-5)
+    with pytest.raises(ValueError, match="does not cover this call"):
+        Case(1, 8, net="mlp", dtype=torch.float32).call("triton")
