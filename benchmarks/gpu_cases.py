@@ -18,6 +18,7 @@ from memzoo.kernels import (
     causal_conv,
     decayed_attention,
     decode_attention,
+    gated_rms_norm,
     linear_cross_entropy,
     linear_divergence,
     soft_cache_size,
@@ -267,6 +268,24 @@ def _union(
     return Case("union_attention", name, make, call, ())
 
 
+# ------------------------------------------------------------------ norm and gate
+
+
+def _gated_norm(name: str, *, channels: int = 48, has_skip: bool = False, **options: Any) -> Case:
+    """A case of `gated_rms_norm`."""
+
+    def make(generator: torch.Generator) -> Tensors:
+        made = {key: randn(generator, 2, 70, channels) for key in ("y", "z", "u")[: 3 if has_skip else 2]}
+        return made | {key: randn(generator, channels) for key in ("weight", "f")[: 2 if has_skip else 1]}
+
+    def call(tensors: Tensors, backend: str) -> Tensors:
+        skip = (tensors["u"], tensors["f"]) if has_skip else None
+        given = (tensors[key] for key in ("y", "z", "weight"))
+        return {"y": gated_rms_norm(*given, skip=skip, backend=backend, **options)}
+
+    return Case("gated_rms_norm", name, make, call)
+
+
 # ------------------------------------------------------------------ losses of a linear head
 
 
@@ -405,6 +424,9 @@ CASES: tuple[Case, ...] = (
     titans_case("gates per token, one token", tokens=1, positions=(7, 3), per_token=True),
     _union("chunks", tiles=5, queries=7, slots=9),
     _union("single tokens, odd width", tiles=6, queries=1, slots=33, heads=(3, 1), width=20),
+    _gated_norm("gate first"),
+    _gated_norm("groups, skip", num_groups=3, has_skip=True),
+    _gated_norm("norm first, sigmoid", norm_before_gate=True, activation="sigmoid"),
     scan_case("plain", tokens=70),
     scan_case("groups, skip and gate", tokens=33, groups=3, with_gate=True),
     scan_case("one token, state", tokens=1, with_state=True),
