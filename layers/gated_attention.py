@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from ..kernels import attention, decayed_attention, decode_attention
-from .contract import LayerOutput, SequenceContext, check_choice, check_positive, record
+from .contract import LayerOutput, SequenceContext, check_positive, record
 from .parts.attention_base import AttentionBase, HeadsConfig
 from .parts.kv_cache import DecayedCache, growing_slots
-from .parts.retention_gate import ACTIVATIONS, GATE_KINDS, RetentionGate, check_gate_bias
+from .parts.retention_gate import RetentionGate, check_gates
 
 # Dimensions: B batch, T tokens, N sequences, H query heads, G key/value heads, D head width, P slots of the
 # cache
@@ -49,9 +49,7 @@ class GatedAttentionConfig(HeadsConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice("gate", self.gate, GATE_KINDS)
-        check_choice("gate_activation", self.gate_activation, ACTIVATIONS)
-        check_gate_bias(self.gate_bias)
+        check_gates(self.gate, self.gate_activation, self.gate_bias)
         check_positive(self, "gate_width", "train_length")
 
 

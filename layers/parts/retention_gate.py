@@ -41,8 +41,10 @@ def automatic_bias(train_length: int) -> float:
     return max(LOWEST_BIAS, math.log(SLACK * train_length))
 
 
-def check_gate_bias(bias: float | str) -> None:
-    """Raises ValueError unless `bias` is "auto" or a number."""
+def check_gates(kind: str, activation: str, bias: float | str) -> None:
+    """Raises ValueError unless kind and activation are known and `bias` is "auto" or a number."""
+    check_choice("gate", kind, GATE_KINDS)
+    check_choice("gate_activation", activation, ACTIVATIONS)
     if bias != "auto" and (isinstance(bias, str) or not is_number(bias) or not math.isfinite(bias)):
         raise ValueError(f'the bias of a gate must be a number or "auto", got {bias!r}.')
 
@@ -81,9 +83,7 @@ class RetentionGate(Float32Parameters, TokenScore):
         train_length: int = 4096,
     ) -> None:
         super().__init__()
-        check_choice("gate", kind, GATE_KINDS)
-        check_choice("gate_activation", activation, ACTIVATIONS)
-        check_gate_bias(bias_init)
+        check_gates(kind, activation, bias_init)
         self.kind, self.activation, self.width, self.train_length = kind, activation, width, train_length
         self.bias_init, self.num_kv_heads = bias_init, num_kv_heads
         self.reads = frozenset({"keys", "values"} if self.reads_keys else {"hidden"})

@@ -17,6 +17,7 @@ from .packed import PackedEntries, PackedState, dequantize, quantize_fp8, quanti
 from .policy import EvictionPolicy, Place
 from .presets import PRESETS, make_policy
 from .reading import Observation, attend, rerotate_keys
+from .retention import Retention, retention
 from .scorers import (
     AttentionMass,
     HeavyHitter,
@@ -60,6 +61,7 @@ __all__ = [
     "PromptMass",
     "PyramidBudget",
     "Recency",
+    "Retention",
     "RunMerger",
     "Scorer",
     "Selector",
@@ -89,6 +91,7 @@ __all__ = [
     "quantize_fp8",
     "quantize_per_token",
     "rerotate_keys",
+    "retention",
     "snapkv",
     "streaming_llm",
     "think",

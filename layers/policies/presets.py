@@ -10,6 +10,7 @@ from ..contract import suggest
 from .dropping import h2o, key_norm, keydiff, pyramidkv, snapkv, streaming_llm, tova
 from .keeping import arkv, compresskv, d2o, elastic_cache, kvmerger, mikv, think, windowkv
 from .policy import EvictionPolicy
+from .retention import retention
 
 PRESETS: dict[str, Callable[..., EvictionPolicy]] = {
     "arkv": arkv,
@@ -22,6 +23,7 @@ PRESETS: dict[str, Callable[..., EvictionPolicy]] = {
     "kvmerger": kvmerger,
     "mikv": mikv,
     "pyramidkv": pyramidkv,
+    "retention": retention,
     "snapkv": snapkv,
     "streaming_llm": streaming_llm,
     "think": think,

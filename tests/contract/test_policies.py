@@ -12,6 +12,7 @@ from memzoo.layers.policies import PRESETS, make_policy
 from memzoo.testing import Subject, check_size, contract_checks
 
 HEADS = {"type": "policy_attention", "d_model": 10, "num_heads": 4, "num_kv_heads": 2, "head_dim": 6}
+HEADS |= {"gate_width": 7, "gate_bias": 1.0}
 POLICIES = {
     "streaming_llm": {"budget": 6, "n_sink": 2, "rerotate": True, "interval": 2},
     "h2o": {"budget": 6, "interval": 3},
@@ -24,6 +25,7 @@ POLICIES = {
     "keydiff": {"budget": 5, "interval": 2},
     "d2o": {"budget": 8, "n_sink": 2, "interval": 3},
     "kvmerger": {"budget": 6, "sinks": 1, "interval": 2},
+    "retention": {"budget": 5, "interval": 3},
 }
 CHECKS = (
     "streaming-float64",
