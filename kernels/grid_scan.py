@@ -55,54 +55,74 @@ def scan_grid(
     Returns:
         What the steps gave (M, C, ...), as (L, ...); and the tensors carried out. At least one token.
     """
+    everyone = list(range(len(lengths)))
     ends = [place + length for place, length in zip(positions, lengths, strict=True)]
-    counts = [
-        max(end // chunk_size - 1, 0) if length else 0 for length, end in zip(lengths, ends, strict=True)
-    ]
     phases = [place if length else 0 for place, length in zip(positions, lengths, strict=True)]
     slots = chunk_size
     if not is_ordered and max(ends) <= chunk_size:  # all tokens lie in the open chunks
         phases, slots = [0] * len(lengths), max(lengths)
     layout = ChunkLayout.make(lengths, slots, phases)
     grids = tuple(layout.to_chunks(x) for x in tokens)  # (K, C, ...)
-    rows_of = [tuple(parts) for parts in zip(*(x.unbind(0) for x in carried), strict=True)]
     starts = list(accumulate(layout.num_chunks, initial=0))
     lasting = len(carried) if num_lasting is None else num_lasting
+    # what is zero at the start of a chunk takes part in the first one where it has a gradient
+    has_given = torch.is_grad_enabled() and any(x.requires_grad for x in carried[lasting:])
+    is_open = [
+        length > 0 and (has_given or place > 0 or length < chunk_size)
+        for place, length in zip(positions, lengths, strict=True)
+    ]
+    counts = [
+        max(end // chunk_size - opens, 0) if length else 0
+        for length, end, opens in zip(lengths, ends, is_open, strict=True)
+    ]
     done: list[Tensor] = []  # outputs (chunks, C, ...), and beside them the chunks they are of
     where: list[int] = []
 
-    def run_part(rows: list[int], chunks: list[int], first: int, last: int) -> None:
-        """With the slots from `first` to `last`."""
-        if not rows:
-            return
+    def take(rows: list[int]) -> Tensors:
+        if rows == everyone:
+            return carried
+        index = torch.tensor(rows, device=carried[0].device)
+        return tuple(x.index_select(0, index) for x in carried)
+
+    def put(rows: list[int], found: Tensors) -> Tensors:
+        if rows == everyone:
+            return (*found, *carried[len(found) :])
+        index = torch.tensor(rows, device=carried[0].device)
+        given = zip(carried, found, strict=False)
+        return (*(old.index_copy(0, index, new) for old, new in given), *carried[len(found) :])
+
+    def run_part(rows: list[int], chunks: list[int], first: int, last: int) -> Tensors:
+        """With the slots from `first` to `last`; what is carried on."""
         inputs = tuple(x[None, :, first:last] for x in _pick(grids, chunks))
-        outputs, found = scan(part, _stack(rows_of, rows), inputs, constants, recompute=recompute)
+        outputs, found = scan(part, take(rows), inputs, constants, recompute=recompute)
         missing = (first, slots - last)
         output = outputs[0]
         if any(missing):
             output = F.pad(output, (*[0, 0] * (output.dim() - 2), *missing))
         done.append(output)
         where.extend(chunks)
-        for m, n in enumerate(rows):
-            is_full = chunks[m] < starts[n] + ends[n] // chunk_size
-            rows_of[n] = tuple(x[m] for x in (found[: len(carried)] if is_full else found[len(carried) :]))
+        full, still_open = found[: len(carried)], found[len(carried) :]
+        is_full = [chunk < starts[n] + ends[n] // chunk_size for n, chunk in zip(rows, chunks, strict=True)]
+        if all(is_full) or not any(is_full):
+            return put(rows, full if is_full[0] else still_open)
+        flags = torch.tensor(is_full, device=carried[0].device)
+        pairs = zip(full, still_open, strict=True)
+        return put(rows, tuple(torch.where(flags.view(-1, *[1] * (x.dim() - 1)), x, y) for x, y in pairs))
 
     def needed(first: int, last: int) -> tuple[int, int]:
         return (0, slots) if is_ordered else (first, min(last, slots))
 
-    rows = [n for n, length in enumerate(lengths) if length]
-    run_part(
-        rows,
-        [starts[n] for n in rows],
-        *needed(min(phases[n] for n in rows), max(phases[n] + lengths[n] for n in rows)),
-    )
+    rows = [n for n in everyone if is_open[n]]
+    if rows:
+        bounds = needed(min(phases[n] for n in rows), max(phases[n] + lengths[n] for n in rows))
+        carried = run_part(rows, [starts[n] for n in rows], *bounds)
 
     for rows, begin, end in _stretches(counts):
-        chunks = [starts[n] + 1 + step for step in range(begin, end) for n in rows]
+        chunks = [starts[n] + is_open[n] + step for step in range(begin, end) for n in rows]
         inputs = tuple(x.unflatten(0, (end - begin, len(rows))) for x in _pick(grids, chunks))
         outputs, found = scan(
             whole,
-            _stack(rows_of, rows)[:lasting],
+            take(rows)[:lasting],
             inputs,
             constants,
             recompute=recompute,
@@ -111,18 +131,18 @@ def scan_grid(
         )
         done.append(outputs.flatten(0, 1))
         where += chunks
-        for m, n in enumerate(rows):
-            rows_of[n] = (*(x[m] for x in found), *rows_of[n][lasting:])
+        carried = put(rows, found)
 
-    rows = [n for n, end in enumerate(ends) if end > chunk_size and end % chunk_size]
-    left = max([0, *(ends[n] % chunk_size for n in rows)])
-    run_part(rows, [starts[n] + 1 + counts[n] for n in rows], *needed(0, left))
+    rows = [n for n, end in enumerate(ends) if lengths[n] and end > chunk_size and end % chunk_size]
+    if rows:
+        bounds = needed(0, max([ends[n] % chunk_size for n in rows]))
+        carried = run_part(rows, [starts[n] + ends[n] // chunk_size for n in rows], *bounds)
 
     output = torch.cat(done)
     order = sorted(range(len(where)), key=where.__getitem__)
     if order != list(range(len(where))):
         output = output.index_select(0, torch.tensor(order, device=output.device))
-    return layout.from_chunks(output), _stack(rows_of, list(range(len(lengths))))
+    return layout.from_chunks(output), carried
 
 
 def _stretches(counts: list[int]) -> list[tuple[list[int], int, int]]:
@@ -131,11 +151,6 @@ def _stretches(counts: list[int]) -> list[tuple[list[int], int, int]]:
     return [
         ([n for n, count in enumerate(counts) if count >= end], begin, end) for begin, end in pairwise(places)
     ]
-
-
-def _stack(parts: list[Tensors], rows: list[int]) -> Tensors:
-    """Tensors (M, ...) of some sequences from those of each."""
-    return tuple(torch.stack(x) for x in zip(*(parts[n] for n in rows), strict=True))
 
 
 def _pick(grids: Tensors, chunks: list[int]) -> Tensors:
