@@ -104,3 +104,19 @@ def test_a_page_shows_the_text_and_the_maps(tmp_path: Path, layers: int) -> None
     assert page.count('class="map"') == 2 * layers
     assert " w1&lt;</span>" in page
     assert "Half-life of tokens" in page
+
+
+def test_the_command_draws_a_page(tmp_path: Path) -> None:
+    import memzoo
+    from memzoo.train.inspect_command import inspect
+
+    torch.manual_seed(0)
+    entry = {"type": "gated_attention", "num_heads": 2, "gate_width": 8, "gate_bias": 1.0}
+    model = MemoryLM(ModelConfig(vocab_size=384, d_model=16, layers=entry, num_layers=2))
+    memzoo.save(model, tmp_path / "model", tokenizer="bytes")
+    page = tmp_path / "gates.html"
+    said = inspect(str(tmp_path / "model"), num_tokens=40, retention=str(page), budget=8)
+    assert "punctuation is held" in said
+    assert "What is left of the text" in page.read_text(encoding="utf-8")
+    with pytest.raises(ValueError, match=r"must be an \.html file"):
+        inspect(str(tmp_path / "model"), retention=str(tmp_path / "gates.png"))
