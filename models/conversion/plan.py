@@ -208,7 +208,8 @@ def softmax_reach(mixer: MixerConfig) -> int | None:
 def _doubled_reach(mixer: BMojoConfig) -> int:
     """Fading tokens that are the tokens themselves at first."""
     is_plain = (mixer.zero_gate or not mixer.mixers) and not mixer.fading_norm and mixer.num_fading is None
-    return mixer.fading_reach if is_plain and mixer.window_size else 0
+    # a stored token counts twice while its image, the token itself, is in sight
+    return mixer.fading_reach if is_plain and mixer.window_size and not mixer.has_store else 0
 
 
 def window_of(target: Mapping[str, Any]) -> dict[str, int] | None:
