@@ -35,7 +35,7 @@ OPERATIONS: dict[str, tuple[str, ...]] = {
     "taylor_attention": ("reference", "torch", "triton"),
     "titans": ("reference", "torch"),
     "ttt": ("reference", "torch"),
-    "union_attention": ("reference", "torch"),
+    "union_attention": ("reference", "torch", "triton"),
 }
 _EXTERNAL_MODULES = {
     "flash_attn": "flash_attn",

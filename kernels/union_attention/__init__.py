@@ -2,8 +2,10 @@
 
 from collections.abc import Sequence
 
+import torch
+
 from ..autograd import without_autocast
-from ..backend import choose_backend
+from ..backend import TRITON_INTERPRETED, choose_backend
 from ..checks import check_dtypes, check_rank
 from .chunked import union_torch
 from .lagged import lagged_attention
@@ -30,7 +32,7 @@ def union_attention(
     Args:
         streams: the memories, at least one; see `SlotStream`. Tiles, queries and heads are those of all.
         scale: factor on the logits, default D ** -0.5.
-        backend: "auto", "reference" or "torch".
+        backend: "auto", "reference", "torch" or "triton" (on CUDA, or in Triton's interpreter; no float64).
 
     Returns:
         output (K, C, H, E), and lse (K, C, H). A query that sees nothing reads zeros, its lse is -inf.
@@ -43,8 +45,21 @@ def union_attention(
     for stream in streams:
         _check(stream, streams[0])
     scale = streams[0].q.shape[-1] ** -0.5 if scale is None else scale
-    chosen = choose_backend("union_attention", backend, ("torch",))
-    with without_autocast(streams[0].q.device):
+    q = streams[0].q
+    # its interpreter only when asked for
+    eligible = ("triton", "torch") if q.is_cuda else ("torch", "triton")
+    can_run_triton = (
+        (q.is_cuda or TRITON_INTERPRETED)
+        and q.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        and q.numel() > 0
+        and not torch.compiler.is_compiling()
+    )
+    chosen = choose_backend("union_attention", backend, eligible if can_run_triton else ("torch",))
+    with without_autocast(q.device):
+        if chosen == "triton":
+            from .triton_kernels import union_triton
+
+            return union_triton(streams, scale)
         return (union_reference if chosen == "reference" else union_torch)(streams, scale)
 
 

@@ -8,6 +8,7 @@ from memzoo.kernels import (
     KVPrefix,
     SlotStream,
     attention,
+    available_backends,
     lagged_attention,
     merge_streams,
     select_eidetic,
@@ -17,6 +18,9 @@ from memzoo.kernels.union_attention import chunked
 from memzoo.testing import assert_close
 
 HEADS, KV_HEADS, WIDTH, VALUE_WIDTH = 4, 2, 5, 3
+needs_triton = pytest.mark.skipif(
+    "triton" not in available_backends("union_attention"), reason="Triton is made for Linux only"
+)
 
 
 def draw(generator: torch.Generator, *shape: int) -> Tensor:
@@ -48,7 +52,7 @@ def results(given: list[SlotStream], backend: str) -> dict[str, Tensor]:
     leaves = [x for stream in given for x in (stream.q, stream.k, stream.v)]
     out = union_attention(given, backend=backend)
     lse = out.lse.masked_fill(out.lse == -torch.inf, 0)
-    weight = torch.linspace(-1, 1, out.output.numel(), dtype=torch.float64).view_as(out.output)
+    weight = torch.linspace(-1, 1, out.output.numel(), dtype=out.output.dtype).view_as(out.output)
     grads = torch.autograd.grad((out.output * weight).sum() + lse.sin().sum(), leaves)
     return {"output": out.output, "lse": lse, **{f"grad {i}": grad for i, grad in enumerate(grads)}}
 
@@ -198,3 +202,29 @@ def test_wrong_sizes_are_refused() -> None:
         union_attention([pooled._replace(place=pooled.place[:2], first=None, last=None)])
     with pytest.raises(ValueError, match="agree in all but their width"):
         union_attention([pooled._replace(v=pooled.v[:4])])
+
+
+@needs_triton
+@pytest.mark.parametrize("num_queries", [1, 19])
+def test_triton_agrees_with_the_definition(num_queries: int) -> None:
+    given = [
+        SlotStream(*(x.detach().float().requires_grad_() for x in stream[:3]), *stream[3:])
+        for stream in streams(3, num_queries)
+    ]
+    expected = results(given, "reference")
+    for name, found in results(given, "triton").items():
+        assert_close(name, found, expected[name], 1e-5)
+
+
+@needs_triton
+def test_triton_reads_more_slots_than_a_block_and_nothing_where_there_is_nothing() -> None:
+    g = torch.Generator().manual_seed(6)
+    q, k, v = (torch.randn(*shape, generator=g) for shape in ((2, 3, 2, 5), (40, 1, 5), (40, 1, 3)))
+    place = torch.arange(40).repeat(2, 1)
+    stream = SlotStream(*(x.requires_grad_() for x in (q, k, v)), place)
+    expected = results([stream], "reference")
+    for name, found in results([stream], "triton").items():
+        assert_close(name, found, expected[name], 1e-5)
+    blind = union_attention([stream._replace(place=torch.full_like(place, -1))], backend="triton")
+    assert bool((blind.output == 0).all())
+    assert bool((blind.lse == -torch.inf).all())
