@@ -26,8 +26,10 @@ BLOCK = 32  # slots that are read at a time
 
 
 @triton.jit
-def _visible(place, first, last, tile, slot, slots, query, has_place: tl.constexpr, has_first: tl.constexpr,
-             has_last: tl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip
+def _visible(  # type: ignore[no-untyped-def]
+    place, first, last, tile, slot, slots, query,
+    has_place: tl.constexpr, has_first: tl.constexpr, has_last: tl.constexpr,
+):  # fmt: skip
     """Source row of each slot (J,), and which queries see it (C, J)."""
     is_slot = slot < slots
     row = tile * slots + slot
@@ -170,9 +172,10 @@ class _Union(torch.autograd.Function):
     def forward(ctx: Any, scale: float, *flat: Tensor | None) -> tuple[Tensor, Tensor]:
         streams = _streams(flat)
         q, v = streams[0].q, streams[0].v
-        wide = {"dtype": torch.float32, "device": q.device}
-        output = torch.zeros(*q.shape[:3], v.shape[-1], **wide)
-        top, total = torch.full(q.shape[:3], -torch.inf, **wide), torch.zeros(q.shape[:3], **wide)
+        shape = q.shape[:3]
+        output = torch.zeros(*shape, v.shape[-1], dtype=torch.float32, device=q.device)
+        total = torch.zeros(shape, dtype=torch.float32, device=q.device)
+        top = torch.full_like(total, -torch.inf)
         for stream in streams:
             grid, constants, sizes = _launch(stream)
             lists = [q if x is None else x for x in stream[3:]]  # a place that is never read
