@@ -30,7 +30,12 @@ EXAMPLES = [
     "docs/models.md",
     *(f"docs/mixers/{name}.md" for name in ("attention", "gated", "linear", "lolcats", "trimkv", "ttt")),
 ]
-EXAMPLES += ["docs/mixers/composites.md", "docs/mixers/policy_attention.md", "docs/policies.md"]
+EXAMPLES += [
+    "docs/mixers/bmojo.md",
+    "docs/mixers/composites.md",
+    "docs/mixers/policy_attention.md",
+    "docs/policies.md",
+]
 
 
 def name_of(page: Path) -> str:
