@@ -258,7 +258,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             ids = torch.tensor(tokenizer(load_text(book)[0].text).input_ids)
             starts = torch.linspace(0.3 * len(ids), 0.9 * len(ids), options.windows).long().tolist()
             windows += [ids[start : start + context + rest] for start in starts]
-        task = make_text_task({"type": "needle"}, seq_len=context)
+        task = make_text_task({"type": "needle_text"}, seq_len=context)
         needles = task.examples(tokenizer, np.random.default_rng(1), options.needles)
         heads = retrieval_heads(model, task.examples(tokenizer, np.random.default_rng(2), 8))
     known = cases(heads, last)
