@@ -54,6 +54,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "allmem": {"window_size": 256, "num_sinks": 4, "chunk_size": 256},
     "lact": {"window_size": 256, "chunk_size": 256},
     "fast_weight_memory": {"chunk_size": 256},
+    "bmojo": {
+        "window_size": 256,
+        "eidetic_size": 64,
+        "mixers": [{"type": "gated_delta_net", "num_heads": 8}],
+    },
+    "memory_as_context": {"mixers": [{"type": "titans", "num_heads": 8, "chunk_size": 256}]},
 }
 # what the project wants: mixer -> at least this multiple of the speed of the other, forward+backward
 WANTED_AT_2K: dict[str, tuple[str, str, float]] = {
@@ -159,7 +165,11 @@ def subjects(width: int, head_dim: int, only: Sequence[str] | None) -> dict[str,
     Raises:
         SystemExit: a name that does not exist.
     """
-    simple = [name for name in list_mixers() if "mixers" not in mixer_entry(name).config.__dataclass_fields__]
+    simple = [
+        name
+        for name in list_mixers()
+        if "mixers" not in mixer_entry(name).config.__dataclass_fields__ or name in SETTINGS
+    ]
     known: dict[str, Callable[[], nn.Module]] = {
         name: partial(_ours, name, width, head_dim)
         for name in (BASELINE, *(n for n in simple if n != BASELINE))

@@ -314,7 +314,7 @@ class EideticMemory(nn.Module):
             index = torch.stack(rows)
         front = (index < 0).to(torch.int8).sort(dim=1, stable=True).indices  # unused slots last
         index = index.gather(1, front)
-        if self.config.num_slots is None:
+        if self.config.num_slots is None and not index.is_meta:  # without numbers all could be stored
             index = index[:, : int((index >= 0).sum(1).max())]
         is_unused, place = index < 0, index.clamp(min=0)
         pools = (found.key, found.value, found.score, found.order)

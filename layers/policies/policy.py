@@ -22,7 +22,7 @@ from .entries import Entries, LayerMemory, PolicyState, by_position
 from .merging import Merger
 from .reading import Observation, attend, wide_dtype
 from .scorers import Scorer
-from .selection import Selector
+from .selection import Selector, settled
 from .tiers import Tier
 
 # Dimensions: B sequences with equally many tokens read, T tokens, H query heads, G key/value heads, C
@@ -302,6 +302,7 @@ class EvictionPolicy:
         Returns:
             (B, G, n) slots sorted by position, and (B, G, n) which of them count, None for all.
         """
+        scores = settled(scores)
         if self.selector is None:
             best = scores.sort(dim=-1, descending=True, stable=True).indices[..., :budget]
             return best.gather(-1, by_position(entries.order.gather(-1, best))), None

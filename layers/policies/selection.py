@@ -12,6 +12,17 @@ from .entries import Entries
 # Dimensions: B sequences, G key/value heads, C entries
 
 
+def settled(scores: Tensor) -> Tensor:
+    """Scores without their last bits: of two that differ by rounding alone the lower position wins.
+
+    Equal tokens at different places have keys of the same length, but for the rounding of their rotation.
+    """
+    mantissa, exponent = torch.frexp(scores)
+    scale = 2.0 ** (40 if scores.dtype == torch.float64 else 16)
+    kept = (mantissa * scale).round() / scale * torch.exp2(exponent.to(scores.dtype))
+    return torch.where(scores.isinf(), scores, kept)
+
+
 class Selector:
     """Chooses from scores; heads may end with unequal numbers of entries."""
 

@@ -11,6 +11,7 @@ from .entries import Entries, LayerMemory, by_position
 from .packed import PackedEntries, dequantize, quantize_fp8, quantize_per_token
 from .reading import Observation, wide_dtype
 from .scorers import Scorer
+from .selection import settled
 
 # Dimensions: B sequences, G key/value heads, C entries, D width, K kept channels, R query heads per key head
 
@@ -68,7 +69,7 @@ class LowBits(Tier):
         packed = memory.packed
         if entries.num_slots <= capacity:
             return memory
-        scores = scorer.score(entries, obs)
+        scores = settled(scorer.score(entries, obs))
         scores = scores.masked_fill(entries.order > memory.num_seen - self.recent, torch.inf)
         best = scores.sort(dim=-1, descending=True, stable=True).indices.split(
             [capacity, entries.num_slots - capacity], dim=-1
@@ -145,7 +146,7 @@ class ThreeStates(Tier):
         held = held.take(index)
         num_packed = 0 if memory.packed is None else memory.packed.num_slots
         was_packed = index < num_packed
-        scores = scorer.score(held, obs).masked_fill(~held.valid, -torch.inf)
+        scores = settled(scorer.score(held, obs)).masked_fill(~held.valid, -torch.inf)
         past = count - self.window
         rank = scores.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)  # the window comes first
         room = self.cache_size if is_prompt else self.window + int(self.keep * past)

@@ -87,7 +87,9 @@ def test_streaming_padding_and_packing(model):
 def test_costs_and_saved_states(model, tmp_path):
     model = model.float()
     state = model(tokens(2, 40), return_state=True).state
-    assert state.num_bytes() == model.state_num_bytes(40, 2)
+    measured, declared = state.num_bytes(), model.state_num_bytes(40, 2)
+    is_bound = any(block.mixer.data_dependent for block in model.blocks)
+    assert measured <= declared if is_bound else measured == declared
     assert model.flops_per_token(40) > 0
     state.save(tmp_path / "state.safetensors")
     loaded = ModelState.load(tmp_path / "state.safetensors")

@@ -130,7 +130,7 @@ def test_every_mixer_but_sums_and_chains_is_timed() -> None:
     from memzoo.layers import list_mixers
 
     made = mixers.subjects(512, 64, None)
-    assert set(list_mixers()) - set(made) == {"parallel", "sequential"}
+    assert set(list_mixers()) - set(made) == {"parallel", "persistent_tokens", "sequential"}
     with torch.device("meta"):
         for name in set(made) - set(mixers.PEERS):
             made[name]()
