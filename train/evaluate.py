@@ -182,15 +182,18 @@ def window_starts(
 def _window_losses(model: MemoryLM, window: Tensor, chunk_size: int) -> Tensor:
     """Losses (T,) of predicting window[1:] from window[:-1], read in chunks."""
     length = len(window) - 1
-    state, parts = None, []
+    # One result from the start: small ones kept from every chunk would lie between freed logits, and the
+    # allocator of the C library then takes fresh memory for each chunk.
+    losses, state = torch.empty(length), None
     for low in range(0, length, chunk_size):
         high = min(low + chunk_size, length)
         out = model(window[None, low:high], state, return_state=high < length)
         state = out.state
-        targets = window[low + 1 : high + 1]
-        for logits, wanted in zip(out.logits[0].split(LOSS_CHUNK), targets.split(LOSS_CHUNK), strict=True):
-            parts.append(F.cross_entropy(logits.float(), wanted, reduction="none").cpu())
-    return torch.cat(parts)
+        for start in range(low, high, LOSS_CHUNK):
+            stop = min(start + LOSS_CHUNK, high)
+            logits = out.logits[0, start - low : stop - low].float()
+            losses[start:stop] = F.cross_entropy(logits, window[start + 1 : stop + 1], reduction="none")
+    return losses
 
 
 @torch.no_grad()

@@ -1,6 +1,9 @@
 """The loops over tiles as operations of torch.compile: the same numbers, shapes and gradients."""
 
 import importlib
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -46,3 +49,16 @@ def test_operations_are_declared_rightly() -> None:
     for return_stats in (False, True):
         arguments = (q, k, v, tile, 3, 0.5, return_stats)
         torch.library.opcheck(torch.ops.memzoo.tiled_attention.default, arguments)
+
+
+def test_no_operation_is_defined_twice() -> None:
+    """transformers looks for a package `kernels`, and finds our folder when Python starts in its parent."""
+    root = Path(__file__).parents[3]
+    code = (
+        "import sys; sys.path.insert(0, 'src'); import memzoo.kernels; import transformers.modeling_utils; "
+        "import kernels; twice = [name for name in sys.modules if name.startswith('kernels.')]; "
+        "assert kernels.__file__ == sys.argv[1] and not twice, twice"
+    )
+    command = [sys.executable, "-c", code, str(root / "kernels" / "__init__.py")]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

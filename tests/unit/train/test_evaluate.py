@@ -170,18 +170,14 @@ def test_the_table_adds_up_to_the_model(model: MemoryLM, num_tokens: int) -> Non
         inspect_model(CONFIG, -1)
 
 
-def test_a_long_window_needs_little_more_memory_than_a_short_one() -> None:
-    """All logits of 32,768 tokens at once would be 262 MB here."""
+def test_a_long_window_never_holds_all_its_logits() -> None:
+    """Those of 32,768 tokens are 262 MB here."""
     torch.manual_seed(0)
     layers = [{"type": "sliding_window", "window_size": 64}, {"type": "linear_attention"}]
     model = MemoryLM(ModelConfig(vocab_size=2000, d_model=32, layers=layers, mixer_defaults={"num_heads": 2}))
     tokens = torch.randint(2000, (32_769,), generator=torch.Generator().manual_seed(1))
     position_losses(model, tokens, window_size=2048, num_windows=1)
-    peaks = [
-        peak_memory(partial(position_losses, model, tokens, window_size=size, num_windows=1), CPU)
-        for size in (4096, 32_768)
-    ]
-    if None in peaks:
+    peak = peak_memory(partial(position_losses, model, tokens, window_size=32_768, num_windows=1), CPU)
+    if peak is None:
         pytest.skip("the system does not report peak memory")
-    short, long = peaks
-    assert long < 1.5 * short + 8e6 < 1e8, peaks
+    assert peak < 1e8
