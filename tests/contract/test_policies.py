@@ -1,15 +1,30 @@
 """The contract for every policy that compresses on the token grid, beside the two in the matrix.
 
-Left out are the checks that say the same for every policy (reordered rows, compilation) and those that ask
+Left out are the checks that say the same for every policy (extras, overrides, compilation) and those that ask
 for equal choices from rounded scores (bfloat16, autocast).
 """
+
+from functools import partial
 
 import pytest
 import torch
 
 from memzoo.layers import build_mixer
 from memzoo.layers.policies import PRESETS, make_policy
-from memzoo.testing import Subject, check_size, contract_checks
+from memzoo.testing import (
+    Subject,
+    check_bites,
+    check_causality,
+    check_flops,
+    check_gradients,
+    check_packing,
+    check_padding,
+    check_restart,
+    check_rows,
+    check_size,
+    check_streaming,
+    check_value,
+)
 
 HEADS = {"type": "policy_attention", "d_model": 10, "num_heads": 4, "num_kv_heads": 2, "head_dim": 6}
 HEADS |= {"gate_width": 7, "gate_bias": 1.0}
@@ -27,12 +42,26 @@ POLICIES = {
     "kvmerger": {"budget": 6, "sinks": 1, "interval": 2},
     "retention": {"budget": 5, "interval": 3},
 }
-CHECKS = (
-    "streaming-float64",
-    "causality",
-    "flops",
-    "gradients",
-)
+# the check, its dtype, and how many spans its texts are long (None: as long as in the matrix)
+CHECKS = {
+    f"{name}-{short}": (check, dtype, spans)
+    for short, dtype in (("float64", torch.float64), ("float32", torch.float32))
+    for name, check, spans in (
+        ("streaming", partial(check_streaming, splits=4), None),
+        ("padding", check_padding, 2),
+        ("packing", check_packing, 2),
+    )
+}
+CHECKS |= {
+    "bites": (check_bites, torch.float64, None),
+    "causality": (check_causality, torch.float32, None),
+    "rows": (check_rows, torch.float64, None),
+    "restart": (check_restart, torch.float64, None),
+    "value": (check_value, torch.float32, None),
+    "size": (partial(check_size, lengths=(16, 130)), torch.float32, None),
+    "flops": (partial(check_flops, lengths=(16, 67)), torch.float32, None),
+    "gradients": (check_gradients, torch.float64, None),
+}
 
 
 def policy(name):
@@ -43,26 +72,13 @@ def policy(name):
 @pytest.mark.parametrize("name", POLICIES)
 def test_contract(name, check):
     torch.manual_seed(0)
-    contract_checks(build_mixer({**HEADS, "policy": policy(name)}), splits=4)[check]()
-
-
-@pytest.mark.parametrize("name", ["kvmerger", "snapkv, adaptive"])
-def test_rows_of_unequal_lengths(name):
-    torch.manual_seed(0)
-    checks = contract_checks(build_mixer({**HEADS, "policy": policy(name)}))
-    checks["padding-float64"]()
-    checks["packing-float64"]()
-
-
-@pytest.mark.parametrize("name", POLICIES)
-def test_declared_bytes(name):
-    torch.manual_seed(0)
     mixer = build_mixer({**HEADS, "policy": policy(name)})
-    check_size(Subject(mixer, dtype=torch.float32), lengths=(16, 130))
+    run, dtype, spans = CHECKS[check]
+    run(Subject(mixer, dtype=dtype, num_tokens=None if spans is None else spans * mixer.span + 3))
 
 
 def test_every_policy_is_here_or_refused():
-    needed = {"compresskv": {"heads": [[0]]}}
+    needed = {"compresskv": {"heads": [[0]]}, "sentencekv": {"boundary_ids": [3], "budget": 80}}
     for name in PRESETS:
         if name not in POLICIES:
             sizes = {} if name in ("mikv", "think") else {"cache_size" if name == "arkv" else "budget": 64}
