@@ -46,6 +46,13 @@ def attach_policy(
             f'Load it with attn_implementation="{BASES[0]}".'
         )
     _register()
+    ids: list[Tensor] = []  # (B, T) of the call that is being read
+
+    def begin(module: nn.Module, arguments: tuple[Any, ...]) -> None:
+        ids.clear()
+
+    def embed(module: nn.Module, arguments: tuple[Any, ...]) -> None:
+        ids.append(arguments[0])
 
     def before(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         cache = keywords.get("past_key_values")
@@ -64,18 +71,28 @@ def attach_policy(
             if policy.scorer.has_extra:
                 hidden = keywords["hidden_states"] if "hidden_states" in keywords else arguments[0]
                 layer.extra = policy.scorer.extra(module, hidden)
+            if policy.lookup is not None:
+                if not ids:
+                    raise ValueError(
+                        f"policy {policy.name!r} tells sentences apart by token ids, but the model was given "
+                        "none. Pass input_ids instead of inputs_embeds."
+                    )
+                layer.ends = policy.lookup.ends(ids[-1])
         _READING[module] = (cache if layer is not None else None), original
 
     def after(module: nn.Module, arguments: Any, keywords: Any, output: Any) -> None:
         cache, _ = _READING.pop(module, (None, ""))
         if cache is not None:
             layer = cache.layers[module.layer_idx]
-            layer.is_attached, layer.extra = False, None
+            layer.is_attached, layer.extra, layer.ends = False, None, None
 
     hooks = []
     for module in _attention_modules(model):
         hooks.append(module.register_forward_pre_hook(before, with_kwargs=True))
         hooks.append(module.register_forward_hook(after, with_kwargs=True, always_call=True))
+    if policy.lookup is not None:
+        hooks.append(model.base_model.register_forward_pre_hook(begin))
+        hooks.append(model.get_input_embeddings().register_forward_pre_hook(embed))
     model.set_attn_implementation(ATTENTION_NAME)
     try:
         yield model

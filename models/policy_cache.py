@@ -58,6 +58,7 @@ class PolicyCacheLayer(CacheLayerMixin):
         self.num_columns = 0  # of input, padding included, as transformers counts
         self.has_padding = False
         self.extra: Tensor | None = None  # (B, T, G) of the tokens of the current call
+        self.ends: Tensor | None = None  # (B, T) True where one of them ends a sentence
         self.is_attached = False
         self.leader: PolicyCacheLayer | None = None  # whose choice of tokens this layer follows
         self.pending: list[tuple[Tensor, Place]] = []  # queries of prompts that wait for their budgets
@@ -194,10 +195,12 @@ class PolicyCacheLayer(CacheLayerMixin):
         if had_padding or (real is not None and memories[0].num_seen):
             return False
         is_whole = self.policy.prefill == "one_shot" and length > 1
+        lookup = self.policy.lookup
         return all(
             part.entries.num_slots == part.num_seen
             and part.packed is None
             and (is_whole or part.num_seen + length - 1 <= part.budget)
+            and (length > 1 or lookup is None or part.num_seen < lookup.budget)
             for part in memories
         )
 
@@ -222,13 +225,13 @@ class PolicyCacheLayer(CacheLayerMixin):
             start = rows.stop
             columns: Any = slice(None) if real is None else real[rows][0].nonzero().squeeze(-1)
             tokens = [x[rows][:, columns] for x in (q, k, v)]
-            extra = None if self.extra is None else self.extra[rows][:, columns]
+            extra, ends = (None if x is None else x[rows][:, columns] for x in (self.extra, self.ends))
             if self.leader is not None and self.leader.state is not None:
                 place = replace(place, leader=self.leader.state.order[rows].transpose(1, 2))
             if has_output:
-                memory = self.policy.absorb(memory, *tokens, extra=extra, place=place)
+                memory = self.policy.absorb(memory, *tokens, extra=extra, ends=ends, place=place)
             else:
-                found, memory = self.policy.read(memory, *tokens, extra=extra, place=place)
+                found, memory = self.policy.read(memory, *tokens, extra=extra, ends=ends, place=place)
                 out[rows, columns] = found
             if place.is_deferred:
                 self.pending.append((tokens[0], place))

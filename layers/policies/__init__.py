@@ -11,7 +11,18 @@ from .budgets import (
 )
 from .dropping import h2o, key_norm, keydiff, pyramidkv, snapkv, streaming_llm, tova
 from .entries import Entries, LayerMemory, PolicyState
-from .keeping import arkv, compresskv, d2o, elastic_cache, kvmerger, mikv, think, windowkv
+from .keeping import (
+    arkv,
+    compresskv,
+    d2o,
+    elastic_cache,
+    kvmerger,
+    mikv,
+    sentencekv,
+    think,
+    windowkv,
+)
+from .lookup import Lookup, Sentences
 from .merging import Merger, NearestPositionMerger, RunMerger, SimilarityMerger, ValueMerger
 from .packed import PackedEntries, PackedState, dequantize, quantize_fp8, quantize_per_token
 from .policy import EvictionPolicy, Place
@@ -49,6 +60,7 @@ __all__ = [
     "KeyNorm",
     "LastQuery",
     "LayerMemory",
+    "Lookup",
     "LowBits",
     "Merger",
     "NearestPositionMerger",
@@ -65,6 +77,7 @@ __all__ = [
     "RunMerger",
     "Scorer",
     "Selector",
+    "Sentences",
     "SimilarityMerger",
     "ThreeStates",
     "Tier",
@@ -92,6 +105,7 @@ __all__ = [
     "quantize_per_token",
     "rerotate_keys",
     "retention",
+    "sentencekv",
     "snapkv",
     "streaming_llm",
     "think",

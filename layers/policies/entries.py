@@ -20,7 +20,7 @@ from .packed import PackedEntries, PackedState
 # Dimensions: N sequences, B sequences with equally many tokens read, S slots, C entries, G key/value heads, H
 # query heads, D key width, E value width, W queries of the observation window
 
-FIELDS = ("key", "value", "order", "score", "count", "extra")  # of Entries
+FIELDS = ("key", "value", "order", "score", "count", "extra", "sentence")  # of Entries
 LAST = torch.iinfo(torch.int32).max  # sorts behind every position
 
 
@@ -35,6 +35,7 @@ class Entries:
         score: (B, G, C) what the scorer has accumulated, float32 or wider; None where it accumulates nothing.
         count: (B, G, C) int32, tokens merged into the entry; None where nothing is merged.
         extra: (B, G, C) a number each token brought along (the log of its retention, for instance), or None.
+        sentence: (B, G, C) int32, number of its sentence, from 1; None where sentences are not told apart.
     """
 
     key: Tensor
@@ -43,6 +44,7 @@ class Entries:
     score: Tensor | None = None
     count: Tensor | None = None
     extra: Tensor | None = None
+    sentence: Tensor | None = None
 
     @property
     def pos(self) -> Tensor:
@@ -100,6 +102,8 @@ class LayerMemory:
         queries: (B, W, H, D) the last W queries, the newest last; None where no scorer looks at them.
         threshold: (B, 1) similarity from which on evicted entries are merged; -2 before the first. Or None.
         packed: entries in fewer bits or channels, or None.
+        question: (B, G, D + 1) sum of the queries since the last sentence or prompt ended (their mean over
+            the heads of a group), and how many they are; None where sentences are not told apart.
     """
 
     entries: Entries
@@ -108,6 +112,7 @@ class LayerMemory:
     queries: Tensor | None = None
     threshold: Tensor | None = None
     packed: PackedEntries | None = None
+    question: Tensor | None = None
 
     def trimmed(self) -> LayerMemory:
         """Without the slots that are empty in every head; looks at the data."""
@@ -127,10 +132,11 @@ class PolicyState(State):
         key: (N, S, G, D).
         value: (N, S, G, E).
         order: (N, S, G) int32, position + 1, 0 where the slot is empty.
-        score, count, extra: (N, S, G) as in `Entries`, or None.
+        score, count, extra, sentence: (N, S, G) as in `Entries`, or None.
         queries: (N, W, H, D) the last queries, the newest last, or None.
         threshold: (N, 1) as in `LayerMemory`, or None.
         packed: entries in fewer bits or channels, or None.
+        question: (N, G, D + 1) as in `LayerMemory`, or None.
     """
 
     budget: Tensor = host_field()
@@ -140,9 +146,11 @@ class PolicyState(State):
     score: Tensor | None = None
     count: Tensor | None = None
     extra: Tensor | None = None
+    sentence: Tensor | None = None
     queries: Tensor | None = None
     threshold: Tensor | None = None
     packed: PackedState | None = None
+    question: Tensor | None = None
 
     def memory(self, rows: slice, *, num_seen: int, budget: int, held: int | None = None) -> LayerMemory:
         """The working form of some rows, which have read equally many tokens under one budget.
@@ -165,12 +173,14 @@ class PolicyState(State):
                 heads_first(self.score),
                 heads_first(self.count),
                 heads_first(self.extra),
+                heads_first(self.sentence),
             ),
             num_seen=num_seen,
             budget=budget,
             queries=None if self.queries is None else self.queries[rows],
             threshold=None if self.threshold is None else self.threshold[rows],
             packed=None if self.packed is None else self.packed.entries(rows),
+            question=None if self.question is None else self.question[rows],
         )
 
     @classmethod
@@ -209,9 +219,11 @@ class PolicyState(State):
             score=slotted("score"),
             count=slotted("count"),
             extra=slotted("extra"),
+            sentence=slotted("sentence"),
             queries=column(lambda part: part.queries),
             threshold=column(lambda part: part.threshold),
             packed=_packed(parts, num_tokens),
+            question=column(lambda part: part.question),
         )
 
 

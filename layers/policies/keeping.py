@@ -14,6 +14,7 @@ from .budgets import (
     UniformBudget,
     VarianceBudget,
 )
+from .lookup import Sentences
 from .merging import NearestPositionMerger, RunMerger, SimilarityMerger
 from .policy import EvictionPolicy, Prefill
 from .selection import WholeWindows
@@ -269,4 +270,35 @@ def windowkv(
         interval=interval,
         prefill="one_shot",
         name="windowkv",
+    )
+
+
+def sentencekv(
+    budget: int,
+    boundary_ids: Sequence[int],
+    *,
+    start: int = 32,
+    recent: int = 32,
+    factor: int = 5,
+    window: int = 32,
+    kernel: int = 7,
+) -> EvictionPolicy:
+    """Single tokens read the sentences that they ask for (Zhu et al., 2504.00970); see `Sentences`.
+
+    A prompt keeps `factor * budget` entries, chosen as in `snapkv`; what is read after it stays.
+
+    Args:
+        budget: entries per head that a token reads.
+        boundary_ids: tokens that end a sentence, such as full stops.
+        start, recent: first and last entries that it always reads.
+        factor: how many budgets of entries a prompt keeps.
+        window, kernel: as in `snapkv`; the pooling takes the largest.
+    """
+    return EvictionPolicy(
+        scorer=scorers.WindowAttention(window, kernel, "max"),
+        budget=factor * budget,
+        recent=window,
+        lookup=Sentences(tuple(boundary_ids), budget, start, recent),
+        prefill="one_shot",
+        name="sentencekv",
     )

@@ -19,6 +19,7 @@ from torch import Tensor
 from ..contract import check_choice
 from .budgets import Allocator, UniformBudget
 from .entries import Entries, LayerMemory, PolicyState, by_position
+from .lookup import Lookup
 from .merging import Merger
 from .reading import Observation, attend, wide_dtype
 from .scorers import Scorer
@@ -67,6 +68,7 @@ class EvictionPolicy:
         selector: chooses from the scores; None takes the best of every head.
         merger: what becomes of evicted entries; None drops them.
         tier: a second store of lower precision; None keeps every entry whole.
+        lookup: which of the entries held a single token reads; None reads all. After a prompt nothing leaves.
         mass_correction: merged entries count in the softmax as the tokens they stand for.
         rerotate: positions are ranks in the cache instead of those in the text.
         skip_layers: layers of a model that keep everything, negative ones from the end.
@@ -89,6 +91,7 @@ class EvictionPolicy:
     selector: Selector | None = None
     merger: Merger | None = None
     tier: Tier | None = None
+    lookup: Lookup | None = None
     mass_correction: bool = False
     rerotate: bool = False
     skip_layers: tuple[int, ...] = ()
@@ -105,7 +108,11 @@ class EvictionPolicy:
             )
         if self.sinks < 0 or self.recent < 0:
             raise ValueError(f"sinks and recent must not be negative, got {self.sinks} and {self.recent}.")
-        if self.prefill == "grid" and (self.tier or self.allocator.needs_prompt):
+        if self.tier is not None and self.lookup is not None:
+            raise ValueError(
+                "a lookup reads whole entries, which a tier does not keep. Leave one of them out."
+            )
+        if self.prefill == "grid" and (self.tier or self.lookup or self.allocator.needs_prompt):
             raise ValueError(f"{self.name} needs the whole prompt. Set prefill to one_shot.")
         if isinstance(self.budget, int):
             self.check_budget(self.budget)
@@ -188,11 +195,15 @@ class EvictionPolicy:
             score=zeros(*shape, dtype=wide) if scorer.accumulates else None,
             count=zeros(*shape, dtype=torch.int32) if merger is not None else None,
             extra=zeros(*shape, dtype=wide) if scorer.has_extra else None,
+            sentence=zeros(*shape, dtype=torch.int32) if self.lookup is not None else None,
             queries=zeros(batch_size, window, num_heads, key_dim, dtype=dtype) if window else None,
             threshold=(
                 torch.full((batch_size, 1), NO_THRESHOLD, device=device, dtype=wide)
                 if merger is not None and merger.has_threshold
                 else None
+            ),
+            question=(
+                zeros(batch_size, num_groups, key_dim + 1, dtype=wide) if self.lookup is not None else None
             ),
         )
 
@@ -204,6 +215,7 @@ class EvictionPolicy:
         v: Tensor,
         *,
         extra: Tensor | None = None,
+        ends: Tensor | None = None,
         place: Place | None = None,
     ) -> tuple[Tensor, LayerMemory]:
         """Reads tokens: attends, and compresses on the grid. The memory given is not changed.
@@ -214,6 +226,7 @@ class EvictionPolicy:
             k: (B, T, G, D), rotated.
             v: (B, T, G, E).
             extra: (B, T, G) the number of each token, where the scorer wants one.
+            ends: (B, T) bool, True where a token ends a sentence; where there is a lookup.
             place: of the layer.
 
         Returns:
@@ -226,8 +239,8 @@ class EvictionPolicy:
             due = self.interval - memory.num_seen % self.interval
             end = length if is_whole else min(length, done + due)
             part = slice(done, end)
-            new = None if extra is None else extra[:, part]
-            memory = self._append(memory, q[:, part], k[:, part], v[:, part], new)
+            brought = [None if x is None else x[:, part] for x in (extra, ends)]
+            memory = self._append(memory, q[:, part], k[:, part], v[:, part], *brought)
             out, memory = self._attend(memory, q[:, part], place)
             outputs.append(out)
             memory = self._settle(memory, q[:, part], place, is_whole)
@@ -244,6 +257,7 @@ class EvictionPolicy:
         v: Tensor,
         *,
         extra: Tensor | None = None,
+        ends: Tensor | None = None,
         place: Place | None = None,
     ) -> LayerMemory:
         """The memory after tokens whose outputs the caller knows: nothing was to be evicted before the last.
@@ -253,7 +267,7 @@ class EvictionPolicy:
         place, length = _located(place, q), q.shape[1]
         if length == 0:
             return memory
-        memory = self._append(memory, q, k, v, extra)
+        memory = self._append(memory, q, k, v, extra, ends)
         if self.scorer.accumulates:
             _, memory = self._attend(memory, q, place)
         return self._settle(memory, q, place, self.prefill == "one_shot" and length > 1)
@@ -314,9 +328,17 @@ class EvictionPolicy:
     # ------------------------------------------------------------------ steps of reading
 
     def _append(
-        self, memory: LayerMemory, q: Tensor, k: Tensor, v: Tensor, extra: Tensor | None
+        self,
+        memory: LayerMemory,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        extra: Tensor | None,
+        ends: Tensor | None = None,
     ) -> LayerMemory:
         """The memory with new tokens behind its entries; nothing is evicted."""
+        if self.lookup is not None and ends is None:
+            raise ValueError(f"policy {self.name!r} wants `ends`, where sentences end. Give it.")
         entries, length = memory.entries, q.shape[1]
         seen = memory.num_seen + length
         order = torch.arange(memory.num_seen + 1, seen + 1, device=k.device, dtype=torch.int32)
@@ -328,6 +350,7 @@ class EvictionPolicy:
             score=None if entries.score is None else entries.score.new_zeros(shape),
             count=None if entries.count is None else entries.count.new_ones(shape),
             extra=None if entries.extra is None or extra is None else extra.transpose(1, 2),
+            sentence=None if ends is None else _sentences(memory, ends)[:, None].expand(shape),
         )
         entries = Entries.concat([entries, new])
         if self.is_ragged:  # the empty slots of some heads would lie between old and new
@@ -335,7 +358,8 @@ class EvictionPolicy:
         queries = memory.queries
         if queries is not None:
             queries = torch.cat([queries, q.detach()], dim=1)[:, -queries.shape[1] :]
-        return replace(memory, entries=entries, num_seen=seen, queries=queries)
+        question = memory.question if ends is None else _asked(memory, q, ends)
+        return replace(memory, entries=entries, num_seen=seen, queries=queries, question=question)
 
     def _attend(self, memory: LayerMemory, q: Tensor, place: Place) -> tuple[Tensor, LayerMemory]:
         """Attention of the newest tokens, whose entries are in the memory; scores grow by what they saw."""
@@ -343,13 +367,25 @@ class EvictionPolicy:
         seen, length = memory.num_seen, q.shape[1]
         entries = memory.entries
         held = entries if self.tier is None else self.tier.all_entries(memory)
+        found = None
+        if self.lookup is not None and memory.question is not None and length == 1:
+            found = self.lookup.slots(entries, memory.question)
+        if found is not None:
+            held = entries.take(*found)
         gained: list[Tensor] = []
         observe: Callable[[Tensor], None] | None = None
         if self.scorer.accumulates:
             obs = self._observation(memory, q, place)
 
             def observe(weights: Tensor) -> None:
-                gained.append(self.scorer.observe(weights[..., held.num_slots - entries.num_slots :], obs))
+                if found is None:
+                    weights = weights[..., held.num_slots - entries.num_slots :]
+                else:
+                    index = found[0][:, :, None, None].expand_as(weights)
+                    weights = weights.new_zeros(*weights.shape[:-1], entries.num_slots).scatter(
+                        -1, index, weights
+                    )
+                gained.append(self.scorer.observe(weights, obs))
 
         out = attend(
             q,
@@ -368,7 +404,8 @@ class EvictionPolicy:
 
     def _settle(self, memory: LayerMemory, q: Tensor, place: Place, is_whole: bool) -> LayerMemory:
         """Compression where it is due."""
-        if (is_whole and place.is_deferred) or not (is_whole or memory.num_seen % self.interval == 0):
+        is_due = memory.num_seen % self.interval == 0 and self.lookup is None
+        if (is_whole and place.is_deferred) or not (is_whole or is_due):
             return memory
         return self.compress(memory, q, place=place, is_prompt=is_whole)
 
@@ -405,6 +442,30 @@ NO_THRESHOLD = -2.0  # below every cosine: nothing has been merged yet
 def _located(place: Place | None, q: Tensor) -> Place:
     place = Place() if place is None else place
     return place if place.scale is not None else replace(place, scale=q.shape[-1] ** -0.5)
+
+
+def _sentences(memory: LayerMemory, ends: Tensor) -> Tensor:
+    """(B, T) int32 the sentences of new tokens: a prompt begins one, a single token may go on with one."""
+    held = memory.entries.sentence
+    assert held is not None
+    assert memory.question is not None
+    last = held.flatten(1).amax(-1, keepdim=True) if held.shape[2] else held.new_zeros(len(held), 1)
+    begins = (
+        memory.question[:, 0, -1:] == 0 if ends.shape[1] == 1 else torch.ones_like(last, dtype=torch.bool)
+    )
+    before = ends.cumsum(1) - ends.long()  # sentences that ended in this call
+    return (last + begins + before).to(torch.int32)
+
+
+def _asked(memory: LayerMemory, q: Tensor, ends: Tensor) -> Tensor:
+    """(B, G, D + 1) the question after new tokens; nothing is left of it behind a sentence or a prompt."""
+    question = memory.question
+    assert question is not None
+    if q.shape[1] != 1:
+        return torch.zeros_like(question)
+    own = q[:, 0].detach().to(question.dtype).unflatten(1, (question.shape[1], -1)).mean(2)  # (B, G, D)
+    grown = question + torch.cat([own, torch.ones_like(own[..., :1])], dim=-1)
+    return grown.masked_fill(ends[:, :, None], 0)
 
 
 def _left_out(index: Tensor, keep: Tensor | None, entries: Entries) -> Entries:

@@ -8,7 +8,17 @@ from typing import Any
 
 from ..contract import suggest
 from .dropping import h2o, key_norm, keydiff, pyramidkv, snapkv, streaming_llm, tova
-from .keeping import arkv, compresskv, d2o, elastic_cache, kvmerger, mikv, think, windowkv
+from .keeping import (
+    arkv,
+    compresskv,
+    d2o,
+    elastic_cache,
+    kvmerger,
+    mikv,
+    sentencekv,
+    think,
+    windowkv,
+)
 from .policy import EvictionPolicy
 from .retention import retention
 
@@ -24,6 +34,7 @@ PRESETS: dict[str, Callable[..., EvictionPolicy]] = {
     "mikv": mikv,
     "pyramidkv": pyramidkv,
     "retention": retention,
+    "sentencekv": sentencekv,
     "snapkv": snapkv,
     "streaming_llm": streaming_llm,
     "think": think,

@@ -64,10 +64,13 @@ def _layer_bytes(
     scorer, tier = policy.scorer, policy.tier
     stored = wide if policy.merger is not None else dtype.itemsize
     entry = 2 * width * stored + 4  # the position
-    entry += wide * (scorer.accumulates + scorer.has_extra) + 4 * (policy.merger is not None)
+    entry += wide * (scorer.accumulates + scorer.has_extra)
+    entry += 4 * ((policy.merger is not None) + (policy.lookup is not None))
     beside = 16 + scorer.window * heads * width * dtype.itemsize
     if policy.merger is not None and policy.merger.has_threshold:
         beside += wide
+    if policy.lookup is not None:
+        beside += wide * groups * (width + 1)
     if isinstance(tier, LowBits):
         whole = min(num_tokens, budget + tier.recent)
         low, group = num_tokens - whole, tier.group or width

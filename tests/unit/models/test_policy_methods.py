@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from memzoo.layers.policies import kv_bytes, make_policy
 from memzoo.models.policy_attach import attach_policy
@@ -35,6 +35,15 @@ METHODS = {
     "mikv": {"importance": 0.25, "lo_bits": 4, "recent": 4},
     "arkv": {"cache_size": 14, "window": 4},
     "compresskv": {"budget": 14, "heads": [[0, 2]] * 5, "window": 4},
+    "sentencekv": {
+        "budget": 10,
+        "boundary_ids": list(range(2, 20)),
+        "start": 2,
+        "recent": 3,
+        "factor": 2,
+        "window": 4,
+        "kernel": 3,
+    },
     "windowkv": {"budget": 12, "window": 4, "suffix": 4, "group": 2, "beta": 4},
     "elastic_cache": {"budget": 30},
 }
@@ -49,6 +58,7 @@ EXACT = (
     "think",
     "mikv",
     "arkv",
+    "sentencekv",
 )
 RAGGED = ("snapkv, adaptive", "kvmerger", "windowkv")
 
@@ -117,7 +127,7 @@ def test_rows_padding_and_bytes(model, name):
             assert bool((kept[:, mine.shape[-1] :] == -1).all())
 
 
-@pytest.mark.parametrize("name", ["d2o", "think", "mikv", "arkv", "windowkv"])
+@pytest.mark.parametrize("name", ["d2o", "think", "mikv", "arkv", "windowkv", "sentencekv"])
 def test_saved_caches_go_on(model, name, tmp_path):
     chosen, ids, steps = policy(name), prompt(40, 4), prompt(3, 5)
     if chosen.skip_layers:
@@ -157,3 +167,18 @@ def test_eight_bits_and_channels_come_close(model):
     assert errors[8] < 1e-2
     chosen = make_policy({"type": "think", "ratio": 0.0, "recent": 4})
     torch.testing.assert_close(read(model, chosen, ids, steps)[0], full, rtol=0, atol=1e-5)
+
+
+def test_sentences_need_token_ids_and_room(model):
+    chosen, ids, steps = policy("sentencekv"), prompt(20, 12), prompt(6, 13)
+    wide = make_policy({**METHODS["sentencekv"], "type": "sentencekv", "budget": 30})
+    found, cache, _ = read(model, wide, ids, steps)
+    plain, own = DynamicCache(config=CONFIG), []
+    with torch.no_grad():
+        for part in (ids, *steps.split(1, dim=1)):
+            own.append(model(part, past_key_values=plain).logits[:, -1])
+    assert torch.equal(found, torch.stack(own, dim=1))
+    assert cache.kept_positions(0).shape[-1] == 26
+    embedded = model.get_input_embeddings()(ids)
+    with attach_policy(model, chosen), pytest.raises(ValueError, match="tells sentences apart by token ids"):
+        model(inputs_embeds=embedded, past_key_values=PolicyCache(CONFIG, chosen))
