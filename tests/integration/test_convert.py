@@ -348,6 +348,8 @@ def stage(text: str, of: str = "{name: tune, loss: {kl: 1}, train: lora, steps: 
         (stage("sizes: {num_sinks: [4, 2]}"), "num_sinks must go from at least 0"),
         (stage("normalize: 3"), "normalize must be true or false"),
         (stage("{loss: {mixer_out: 1}, train: new, recompute: true}"), "recompute has no effect"),
+        (stage("tokens: some"), "tokens must be one of all, labelled, got 'some'"),
+        (stage("{loss: {ce: 1}, tokens: all}"), "ce is taken where the data asks.*Leave tokens out"),
         (stage("schedule: plateau"), "schedule must be cosine, linear or constant"),
         ("data: mytext.txt", "data must be a mapping"),
         ("layers: []", "layers must name a block"),

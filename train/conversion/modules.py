@@ -46,6 +46,7 @@ class StudentModule(LightningModule):
         optimizer: of the stage.
         window_dropout: share of the steps in which every window is shrunk to the token itself.
         sizes: size -> smallest and largest, of which every step draws its own.
+        counts_all: take the losses over all tokens, not over labelled ones alone.
         seed: of these draws.
         label: what an error begins with.
 
@@ -62,6 +63,7 @@ class StudentModule(LightningModule):
         *,
         window_dropout: float = 0.0,
         sizes: Sizes | None = None,
+        counts_all: bool = False,
         seed: int = 0,
         label: str = "training",
     ) -> None:
@@ -71,6 +73,7 @@ class StudentModule(LightningModule):
         self._teacher = [teacher.requires_grad_(False).eval()]  # in a list: no part of this module
         self.optimizer_config = optimizer
         self.window_dropout, self.sizes, self.seed = window_dropout, dict(sizes or {}), seed
+        self.counts_all = counts_all
         self.history: dict[str, list[float]] = {}
         self.num_tokens = 0
         self.strict_loading = False
@@ -162,6 +165,12 @@ class StudentModule(LightningModule):
             "Lower lr or clip of the stage, or look at the weights of the source. The stage is not kept."
         )
 
+    def counted(self, batch: TokenBatch) -> Tensor:
+        """Which tokens the losses are taken over, (B, T) bool."""
+        if not self.counts_all:
+            return batch.labels != IGNORE_INDEX
+        return torch.ones_like(batch.input_ids, dtype=torch.bool) if batch.mask is None else batch.mask
+
     def overrides(self, step: int) -> dict[str, int]:
         """Sizes to use in a step: a pure function of seed and step, so that a resumed run draws the same."""
         generator = step_generator(self.seed, step)
@@ -192,7 +201,8 @@ class AlignmentModule(StudentModule):
     Args:
         layers: blocks that were converted; only their mixers are read.
         loss: `mixer_out`, `attn_out` or `hidden` -> weight; the mean over layers is taken.
-        normalize: divide by the size of the teacher's output of the layer.
+        normalize: divide by the size of the teacher's output of the layer, over the same tokens.
+        counts_all: as in `StudentModule`.
         options: as in `StudentModule`.
     """
 
@@ -205,9 +215,10 @@ class AlignmentModule(StudentModule):
         loss: Mapping[str, float],
         *,
         normalize: bool = True,
+        counts_all: bool = True,
         **options: Any,
     ) -> None:
-        super().__init__(student, teacher, optimizer, **options)
+        super().__init__(student, teacher, optimizer, counts_all=counts_all, **options)
         self.layers, self.loss, self.normalize = frozenset(layers), dict(loss), normalize
 
     def training_step(self, batch: TokenBatch, batch_idx: int) -> Tensor:
@@ -216,7 +227,7 @@ class AlignmentModule(StudentModule):
         gradients: list[Tensor | None] = []
         self.num_tokens += batch.num_tokens
         assert isinstance(self.student, MemoryLM)
-        overrides = self.overrides(self.global_step)
+        overrides, counted = self.overrides(self.global_step), self.counted(batch)
         with torch.no_grad():
             hidden = self.teacher.embed(batch.input_ids)  # (B, T, M)
         for index, (old, new) in enumerate(zip(self.teacher.blocks, self.student.blocks, strict=True)):
@@ -224,7 +235,7 @@ class AlignmentModule(StudentModule):
                 normed = old.mixer_input(hidden)
                 target = self._read(old.mixer, normed, batch, {})
             if index in self.layers:
-                loss = self._distance(self._read(new.mixer, normed, batch, overrides), target)
+                loss = self._distance(self._read(new.mixer, normed, batch, overrides), target, counted)
                 trained = [part for part in new.mixer.parameters() if part.requires_grad]
                 if trained:
                     with without_autocast(loss.device):
@@ -253,19 +264,19 @@ class AlignmentModule(StudentModule):
             return_extras="attn_out" in self.loss,
         )
 
-    def _distance(self, student: LayerOutput, teacher: LayerOutput) -> Tensor:
+    def _distance(self, student: LayerOutput, teacher: LayerOutput, counted: Tensor) -> Tensor:
+        if not bool(counted.any()):  # a batch that asks for nothing
+            return 0.0 * student.hidden.sum()
+        hidden = (student.hidden[counted], teacher.hidden[counted])  # (tokens, M)
         parts = []
         for name, weight in self.loss.items():
             if name == "mixer_out":
-                if self.normalize:
-                    part = relative_error(student.hidden, teacher.hidden)
-                else:
-                    part = attention_transfer_loss(student.hidden, teacher.hidden)
+                part = (relative_error if self.normalize else attention_transfer_loss)(*hidden)
             elif name == "attn_out":
-                heads = (out.extras["head_outputs"] for out in (student, teacher))
+                heads = (out.extras["head_outputs"][counted] for out in (student, teacher))
                 part = attention_transfer_loss(*heads, normalize=self.normalize)
             else:
-                part = hidden_alignment_loss(student.hidden, teacher.hidden, normalize=self.normalize)
+                part = hidden_alignment_loss(*hidden, normalize=self.normalize)
             parts.append(weight * part)
         return torch.stack(parts).sum()
 
@@ -323,7 +334,7 @@ class DistillModule(StudentModule):
 
     def training_step(self, batch: TokenBatch, batch_idx: int) -> Tensor:
         self.num_tokens += batch.num_tokens
-        asked = (batch.labels != IGNORE_INDEX).flatten()  # (B T,)
+        asked = self.counted(batch).flatten()  # (B T,)
         read = last_output(
             self.student,
             batch,

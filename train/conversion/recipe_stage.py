@@ -15,6 +15,7 @@ from .retention import NORMALIZERS, SCOPES, check_budget
 ALIGNMENT_LOSSES = ("mixer_out", "attn_out", "hidden")
 END_TO_END_LOSSES = ("kl", "reverse_kl", "ce", "capacity")
 TRAINABLE = ("new", "mixers", "lora", "all")
+TOKENS = ("all", "labelled")
 _LONGEST_NAME = 50  # it becomes part of file names
 
 
@@ -26,13 +27,14 @@ class Stage:
         name: of its rows and files.
         loss: loss -> weight. Each new mixer on its teacher's hidden states: `mixer_out` (squared error of its
             output), `attn_out` (of its heads), `hidden` (length of the error of its output). Or of the whole
-            model on its own states, over labelled tokens, `kl` (divergence from the teacher), `reverse_kl`
-            (the other way round), `ce` (next token), and `capacity` (what retention gates keep above
-            `budget`).
+            model on its own states `kl` (divergence from the teacher), `reverse_kl` (the other way round),
+            `ce` (next token), and `capacity` (what retention gates keep above `budget`).
         train: "new" (parameters that the source does not have), "mixers" (all of the new mixers), "lora"
             (low-rank updates), or "all".
         steps: optimiser steps.
         lr: peak learning rate.
+        tokens: over which the losses are taken: "all", or "labelled" for those at which the data asks for the
+            next; None takes all in an alignment, labelled ones end to end.
         seq_len: tokens of one window of text.
         batch_size: windows per batch.
         accumulate: batches per optimiser step.
@@ -59,6 +61,7 @@ class Stage:
     train: str
     steps: int
     lr: float
+    tokens: str | None = None
     seq_len: int = 1024
     batch_size: int = 1
     accumulate: int = 1
@@ -129,6 +132,13 @@ class Stage:
                 raise ValueError(f"{where}: {name} must be true or false, got {getattr(self, name)!r}.")
         if self.recompute and self.is_alignment:
             raise ValueError(f"{where}: recompute has no effect in an alignment. Leave it out.")
+        if self.tokens is not None and self.tokens not in TOKENS:
+            raise ValueError(f"{where}: tokens must be one of {', '.join(TOKENS)}, got {self.tokens!r}.")
+        if self.tokens == "all" and "ce" in self.loss:
+            raise ValueError(
+                f"{where}: the loss ce is taken where the data asks for the next token, got tokens=all. "
+                "Leave tokens out."
+            )
         self._check_capacity(where)
         _check_names(f"{where}: lora_targets", self.lora_targets)
         self.optimizer  # noqa: B018  # raises on an unknown schedule
@@ -151,6 +161,11 @@ class Stage:
     def is_alignment(self) -> bool:
         """Whether the mixers are compared one by one, on the teacher's hidden states."""
         return next(iter(self.loss)) in ALIGNMENT_LOSSES
+
+    @property
+    def counts_all(self) -> bool:
+        """Whether the losses are taken over all tokens, not over labelled ones alone."""
+        return self.is_alignment if self.tokens is None else self.tokens == "all"
 
     @property
     def optimizer(self) -> OptimizerConfig:

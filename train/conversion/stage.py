@@ -28,6 +28,7 @@ from ...models.decoder import MemoryLM
 from ..callbacks import ExactResume, StopOnSignal, TrainingProgress
 from ..checkpointing import FolderCheckpointIO, newest_checkpoint
 from ..data.batches import BatchSource, ResumableLoader, TokenBatch
+from ..data.mqar import IGNORE_INDEX
 from ..stopping import RunEnded
 from .modules import AlignmentModule, Capacity, DistillModule, StudentModule, as_tensors
 from .recipe_stage import Stage
@@ -40,6 +41,7 @@ WEIGHTS_NAME = "weights.safetensors"
 HISTORY_NAME = "history.safetensors"
 FACTS_NAME = "stage.json"
 SAVE_SECONDS = 60.0
+_TRIED = 16  # batches that are searched for a label
 
 
 @dataclass(frozen=True)
@@ -147,6 +149,9 @@ def run_stage(
         seed: of initial updates and window dropout.
         readings: what the teacher has read.
         label: what the progress line begins with.
+
+    Raises:
+        ValueError: a stage over labelled tokens, and no labels.
     """
     if verified(folder):
         return _restore(student, folder)
@@ -163,7 +168,10 @@ def run_stage(
         module = _module(stage, network, teacher, layers, readings, seed, label)
         student.gradient_checkpointing = stage.recompute
         if facts.steps:
-            facts.seconds = _fit(module, SegmentBatches(segments, sources), stage, running, settings, label)
+            batches = SegmentBatches(segments, sources)
+            if not stage.counts_all:
+                _check_labels(stage, batches)
+            facts.seconds = _fit(module, batches, stage, running, settings, label)
         module.check_weights()
         facts.history, facts.num_tokens = module.history, module.num_tokens
     student.gradient_checkpointing = False
@@ -218,6 +226,15 @@ def _trainable(stage: Stage, student: MemoryLM, names: Sequence[str]) -> Iterato
         yield wrapped
 
 
+def _check_labels(stage: Stage, batches: BatchSource) -> None:
+    tried = min(batches.num_batches, _TRIED)
+    if not any(bool((batches.batch(0, index).labels != IGNORE_INDEX).any()) for index in range(tried)):
+        raise ValueError(
+            f"stage {stage.name!r} is over labelled tokens, and the first {tried} batches have none. Take "
+            "data that asks for something, or set tokens: all."
+        )
+
+
 def _module(
     stage: Stage,
     network: nn.Module,
@@ -230,6 +247,7 @@ def _module(
     options: dict[str, Any] = {
         "window_dropout": stage.window_dropout,
         "sizes": stage.sizes,
+        "counts_all": stage.counts_all,
         "seed": seed,
         "label": label,
     }

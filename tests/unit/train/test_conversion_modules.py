@@ -14,10 +14,12 @@ from memzoo.models.conversion import ConversionPlan, ParityReport, convert_mixer
 from memzoo.models.decoder import MemoryLM
 from memzoo.train.conversion.modules import AlignmentModule, DistillModule
 from memzoo.train.conversion.page import block_means
-from memzoo.train.conversion.stage import Segment, SegmentBatches
+from memzoo.train.conversion.recipe_stage import Stage
+from memzoo.train.conversion.stage import Segment, SegmentBatches, StageSettings, run_stage
 from memzoo.train.conversion.teacher import TeacherReadings, last_hidden, weights_digest
 from memzoo.train.conversion.updates import freeze_except, lora_size, low_rank_updates
 from memzoo.train.data.batches import BatchSource, TokenBatch
+from memzoo.train.data.mqar import IGNORE_INDEX
 from memzoo.train.optim import OptimizerConfig
 
 HYBRID = {"type": "lolcats", "window_size": 4, "feature_dim": 5}
@@ -210,10 +212,10 @@ def test_alignment_holds_one_layer_and_gives_the_gradient_of_the_mean() -> None:
     held: list[int] = []
     distance = module._distance
 
-    def counting(new: LayerOutput, old: LayerOutput) -> torch.Tensor:
+    def counting(new: LayerOutput, old: LayerOutput, counted: torch.Tensor) -> torch.Tensor:
         held.append(sum(out() is not None for out in alive))
         alive.append(weakref.ref(new.hidden))
-        return distance(new, old)
+        return distance(new, old, counted)
 
     alive: list[weakref.ref[torch.Tensor]] = []
     module._distance = counting  # type: ignore[method-assign]
@@ -232,3 +234,110 @@ def test_alignment_holds_one_layer_and_gives_the_gradient_of_the_mean() -> None:
     for name, parameter in student.named_parameters():
         if name in given:
             torch.testing.assert_close(given[name], parameter.grad, msg=name)
+
+
+def half_labelled() -> TokenBatch:
+    given = batch()
+    labels = given.labels.clone()
+    labels[0, 3:] = IGNORE_INDEX
+    labels[1, :9] = IGNORE_INDEX
+    return TokenBatch(given.input_ids, labels)
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("loss", ["mixer_out", "attn_out", "hidden"])
+def test_alignment_over_labelled_tokens_sees_no_others(loss: str, normalize: bool) -> None:
+    source = teacher()
+    student, _ = convert(source)
+    given = half_labelled()
+    asked = given.labels != IGNORE_INDEX
+    normed = source.blocks[0].mixer_input(source.embed(given.input_ids))
+    old, new = (model.blocks[0].mixer(normed, return_extras=True) for model in (source, student))
+    if loss == "attn_out":
+        mine, known = (out.extras["head_outputs"][asked] for out in (new, old))
+    else:
+        mine, known = new.hidden[asked], old.hidden[asked]
+    error = mine - known
+    if loss == "hidden":
+        lengths = known.norm(dim=-1).mean() if normalize else torch.tensor(4.0)  # sqrt(M)
+        expected = error.norm(dim=-1).mean() / lengths
+    else:
+        expected = error.square().mean() / (known.square().mean() if normalize else 1)
+    found = {}
+    for counts_all in (False, True):
+        module = AlignmentModule(
+            student, source, OptimizerConfig(), [0], {loss: 1.0}, normalize=normalize, counts_all=counts_all
+        )
+        module.log = lambda *args, **kwargs: None  # type: ignore[method-assign]
+        found[counts_all] = module.training_step(given, 0).detach()
+    torch.testing.assert_close(found[False], expected.detach())
+    assert abs(found[True] / found[False] - 1) > 0.01
+
+
+def test_an_alignment_learns_nothing_from_a_batch_without_labels() -> None:
+    source = teacher()
+    student, report = convert(source)
+    freeze_except(student, report.new_parameters)
+    module = AlignmentModule(
+        student, source, OptimizerConfig(), report.layers, {"mixer_out": 1.0}, counts_all=False
+    )
+    module.log = lambda *args, **kwargs: None  # type: ignore[method-assign]
+    ids = batch().input_ids
+    loss = module.training_step(TokenBatch(ids, torch.full_like(ids, IGNORE_INDEX)), 0)
+    loss.backward()
+    assert loss == 0
+    assert all(p.grad is None or not p.grad.any() for p in student.parameters())
+
+
+def test_distillation_counts_all_tokens_where_it_is_told_to() -> None:
+    source = teacher()
+    student, _ = convert(source)
+    given = half_labelled()
+    mask = torch.arange(20) < torch.tensor([[20], [14]])
+    divergence = torch.nn.functional.kl_div(
+        student(given.input_ids, mask=mask).logits.log_softmax(-1),
+        source(given.input_ids, mask=mask).logits.log_softmax(-1),
+        log_target=True,
+        reduction="none",
+    ).sum(-1)
+    for counts_all, counted in ((False, given.labels != IGNORE_INDEX), (True, mask)):
+        module = DistillModule(student, source, OptimizerConfig(), {"kl": 1.0}, counts_all=counts_all)
+        module.log = lambda *args, **kwargs: None  # type: ignore[method-assign]
+        loss = module.training_step(TokenBatch(given.input_ids, given.labels, mask=mask), 0)
+        torch.testing.assert_close(loss, divergence[counted].mean(), atol=1e-5, rtol=1e-4)
+
+
+def test_a_stage_over_labelled_tokens_wants_labels(tmp_path: Path) -> None:
+    class Unasked(BatchSource):
+        num_batches = 2
+
+        def batch(self, epoch: int, index: int) -> TokenBatch:
+            ids = batch().input_ids
+            return TokenBatch(ids, torch.full_like(ids, IGNORE_INDEX))
+
+    source = teacher()
+    student, report = convert(source)
+    stage = Stage(name="a", loss={"mixer_out": 1.0}, train="new", steps=2, lr=0.1, tokens="labelled")
+    with pytest.raises(ValueError, match=r"stage 'a' is over labelled tokens, and the first 2 batches"):
+        run_stage(
+            stage,
+            student,
+            source,
+            layers=report.layers,
+            fresh=list(report.new_parameters),
+            segments=[Segment(20, 2, 0, 2)],
+            sources=lambda *size: Unasked(),
+            folder=tmp_path / "a",
+            seed=0,
+            readings=TeacherReadings(),
+            settings=StageSettings(progress=False, accelerator="cpu", precision="32-true"),
+            label="a",
+        )
+
+
+def test_an_alignment_counts_all_tokens_unless_told_otherwise() -> None:
+    rest = {"name": "a", "train": "new", "steps": 1, "lr": 0.1}
+    assert Stage(loss={"mixer_out": 1.0}, **rest).counts_all
+    assert not Stage(loss={"mixer_out": 1.0}, tokens="labelled", **rest).counts_all
+    assert not Stage(loss={"kl": 1.0}, **rest).counts_all
+    assert Stage(loss={"kl": 1.0}, tokens="all", **rest).counts_all
