@@ -11,7 +11,8 @@ The states that enter the chunks are kept for the backward pass, K V / C numbers
 which is less than its queries would take if they were not shared as long as C >= V. Decay factors and their
 floor: log_sums.py. Log-decays get their gradient without another product: that of their running sum up to
 token t is o_t . do_t - v_t . dv_t, because exp(G_t) is a factor of all that token t reads, and exp(-G_t) of
-all that becomes of its value.
+all that becomes of its value. These are summed inside a chunk only; what lies behind it is <dS, S>, so that
+rounding does not pile up over the sequence.
 """
 
 from collections.abc import Iterator
@@ -166,12 +167,10 @@ def _attend_backward(
     dq, dk, dv = (torch.empty_like(x, dtype=acc) for x in (q, k, v))
     dg = torch.empty_like(g, dtype=acc)
     d_memory = torch.zeros_like(final) if d_final is None else d_final.clone()
-    # of the running sum up to the last token: all of the final state has its factor
-    d_whole = (d_memory * final).unflatten(3, v.shape[2:]).sum((2, 4))  # (M, X, J)
     n = plan.num_chunks()
     for m, chunks in reversed(list(enumerate(plan.segments()))):
         d_state = d_memory[m]
-        later = d_whole[m][..., None]  # (X, J, 1), gradient of the log-decays behind the chunk
+        later = _overlap(d_state, final[m], v)
         for i, (t0, t1) in reversed(list(enumerate(chunks))):
             n -= 1
             chunk = _Chunk(q, k, v, g, t0, t1, plan.scale)
@@ -189,15 +188,22 @@ def _attend_backward(
                 grad_k.baddbmm_(chunk.written(), d_state.transpose(1, 2))
             d_total = (output[:, t0:t1] * d_out).sum(3) - (chunk.v * grad_v).sum(3)  # (X, C, J)
             dg[:, :, t0:t1] = d_total.transpose(1, 2).flip(2).cumsum(2).flip(2).add_(later)
-            later = dg[:, :, t0 : t0 + 1]
             if i or memory is not None:
                 d_read = (d_out * chunk.read).flatten(2)  # (X, C, J V)
                 grad_q.baddbmm_(d_read, before[n].transpose(1, 2), alpha=plan.scale)
                 chunk.decay_state(d_state)
                 d_state.baddbmm_(chunk.q.transpose(1, 2), d_read, alpha=plan.scale)
+                later = _overlap(d_state, before[n], v)
             dq[:, t0:t1], dk[:, t0:t1], dv[:, t0:t1] = grad_q, grad_k, grad_v
     grads = (x.to(like.dtype) for x, like in ((dq, q), (dk, k), (dv, v), (dg, g)))
     return *grads, None if memory is None else d_memory
+
+
+def _overlap(d_state: Tensor, state: Tensor, v: Tensor) -> Tensor:
+    """<dS, S> of each value head, (X, J, 1): the gradient of each log-decay in front of the state, which is a
+    factor of all of it.
+    """
+    return (d_state * state).unflatten(2, v.shape[2:]).sum((1, 3))[..., None]
 
 
 class _SharedKeys(torch.autograd.Function):

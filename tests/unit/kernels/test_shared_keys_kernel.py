@@ -176,3 +176,15 @@ def test_the_given_state_is_left_alone() -> None:
     kept = {name: x.detach().clone() for name, x in case.tensors.items()}
     case.with_gradients(case.call())
     assert all(torch.equal(kept[name], x) for name, x in case.tensors.items())
+
+
+def test_rounding_does_not_pile_up_over_a_long_sequence() -> None:
+    """The gradient of a rate of decay is a sum over all tokens, in which no error may have one sign."""
+    found = {}
+    for dtype in (torch.float64, torch.float32):
+        case = Case(8, 1, 8192, dtype=dtype, decay=20.0)
+        output = case.call(chunk_size=64)["output"]
+        weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+        (grad,) = torch.autograd.grad((output * weights.to(dtype)).sum(), case.tensors["g"])
+        found[dtype] = grad.double().sum(1)
+    assert_close("sum over the tokens", found[torch.float32], found[torch.float64], 1e-4)
