@@ -35,6 +35,8 @@ def causal_conv_torch(
         y = convolve(padded, weight, bias, activation)
         new_tail = padded[:, padded.shape[1] - num_before :].clone()  # a view would keep the whole row alive
         return y, new_tail
+    if not lengths:
+        return x.clone(), tail.clone()
     # Every sequence with its tail in front; the outputs that start inside the next tail are dropped.
     own = zip(tail.unbind(0), x[0].split(list(lengths)), strict=True)
     rows = [part for pair in own for part in pair]

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..autograd import backward_without_autocast
+from .reference import weight_floor
 from .types import MLSTMState
 
 # Dimensions: B batch, T tokens, N sequences, H heads, X rows of heads, K key width, V value width, S
@@ -138,7 +139,7 @@ class _Chunk:
 
     def denominator(self, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         """The denominator (X, C), and where it is the weight itself."""
-        bound = (-self.stabilizer).exp()
+        bound = weight_floor(self.stabilizer)
         return torch.maximum(weight.abs(), bound) + eps, weight.abs() >= bound
 
 

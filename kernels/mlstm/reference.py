@@ -6,6 +6,8 @@ C_t = f' C_{t-1} + i' k_t v_t^T,   n_t = f' n_{t-1} + i' k_t
 h_t = (scale q_t) C_t / (max(|(scale q_t) . n_t|, exp(-m_t)) + eps)
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -48,9 +50,15 @@ def mlstm_reference(
             memory = forget[:, None, None] * memory + write[:, None, None] * k_t[:, :, None] * v_t[:, None]
             normalizer = forget[:, None] * normalizer + write[:, None] * k_t
             weight = scale * (q_t * normalizer).sum(-1)
-            weight = torch.maximum(weight.abs(), (-stabilizer).exp()) + eps
+            weight = torch.maximum(weight.abs(), weight_floor(stabilizer)) + eps
             outputs.append(torch.einsum("hk,hkv->hv", scale * q_t, memory) / weight[:, None])
         finals.append((memory, normalizer, stabilizer))
     output = torch.stack(outputs).reshape(v.shape) if outputs else torch.zeros_like(v)
     state = MLSTMState(*(torch.stack(parts) for parts in zip(*finals, strict=True)))
     return output.to(q.dtype), state
+
+
+def weight_floor(stabilizer: Tensor) -> Tensor:
+    """exp(-m), below which no denominator falls; finite, as the gradient of infinity is no number."""
+    largest = math.log(torch.finfo(stabilizer.dtype).max) - 1
+    return (-stabilizer).clamp(max=largest).exp()

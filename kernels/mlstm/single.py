@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .reference import weight_floor
 from .types import MLSTMState
 
 # Dimensions: N sequences, H heads, K key width, V value width
@@ -36,6 +37,6 @@ def mlstm_single(
         memory = memory + forget * initial_state.memory
         normalizer = normalizer + forget * initial_state.normalizer[..., None, :]
     weight = scale * (query * normalizer).sum(-1)  # (N, H, 1)
-    weight = torch.maximum(weight.abs(), (-stabilizer).exp()[..., None]) + eps
+    weight = torch.maximum(weight.abs(), weight_floor(stabilizer)[..., None]) + eps
     output = ((scale * query) @ memory).squeeze(2) / weight  # (N, H, V)
     return output[:, None].to(q.dtype), MLSTMState(memory, normalizer.squeeze(2), stabilizer)

@@ -39,6 +39,13 @@ def test_dense_equals_the_definition(num_tokens: int, kernel_size: int, activati
             assert_close(f"tensor {i}", actual, expected, bound)
 
 
+def test_a_row_without_sequences() -> None:
+    x, weight, bias, tail = tensors(1, 0, 4, 0)
+    y, last = causal_conv(x, weight, bias, tail=tail, cu_seqlens=torch.tensor([0]))
+    assert y.shape == (1, 0, 5)
+    assert last.shape == (0, 3, 5)
+
+
 @pytest.mark.parametrize("backend", ["torch", "reference"])
 def test_equals_the_convolution_of_torch(backend: str) -> None:
     x, weight, bias, _ = tensors(2, 20, 4, 2)
