@@ -14,6 +14,7 @@ State: S (K x E) per value head, float32, and the last inputs of the convolution
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -42,6 +43,7 @@ from .parts.output_gate import GATE_ACTIVATIONS, OutputGate
 from .parts.projection import init_projections, projection_flops
 from .parts.rotary import Rotary
 from .parts.short_conv import ShortConv
+from .parts.state_space import check_booleans, is_number
 from .parts.write_step import WriteStep
 
 # Dimensions: B batch, T tokens, N sequences, H query heads, G key heads, HV value heads, F raw query/key
@@ -102,8 +104,9 @@ class GatedLinearAttentionConfig(MixerConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_positive(self, "num_heads", "chunk_size")
-        if self.conv_size:
+        if type(self.conv_size) is not int or self.conv_size:  # 0 for none
             check_positive(self, "conv_size")
+        check_booleans(self, "use_rope", "allow_neg_eigval", "gate_low_rank")
         self._resolve_heads()
         self._resolve_widths()
         for name, known in (
@@ -115,8 +118,8 @@ class GatedLinearAttentionConfig(MixerConfig):
         ):
             check_choice(name, getattr(self, name), known)
         self._check_parts()
-        if not self.norm_eps > 0:
-            raise ValueError(f"norm_eps must be above 0, got {self.norm_eps}.")
+        if not is_number(self.norm_eps) or not 0 < self.norm_eps < math.inf:
+            raise ValueError(f"norm_eps must be above 0 and finite, got {self.norm_eps!r}.")
         if self.use_rope:
             Rotary(self.key_width, self.rope_theta)  # raises on an odd width or a bad base
 
@@ -182,10 +185,12 @@ class GatedLinearAttentionConfig(MixerConfig):
         """Fields that need another one."""
         if self.gate_low_rank and self.gate == "none":
             raise ValueError('gate_low_rank has no effect with gate="none". Leave it out or choose a gate.')
-        if self.decay_bound is not None and (self.decay != "softplus_channel" or not self.decay_bound < 0):
+        bound = self.decay_bound
+        is_bound = is_number(bound) and -math.inf < bound < 0  # type: ignore[operator]  # checked on its left
+        if bound is not None and (self.decay != "softplus_channel" or not is_bound):
             raise ValueError(
-                'decay_bound must be below 0 and needs decay="softplus_channel", got '
-                f"{self.decay_bound} and {self.decay!r}. Leave it out for no bound."
+                'decay_bound must be a number below 0 and needs decay="softplus_channel", got '
+                f"{bound!r} and {self.decay!r}. Leave it out for no bound."
             )
         if self.allow_neg_eigval and (self.rule != "delta" or self.feature_map != "l2_norm"):
             raise ValueError(

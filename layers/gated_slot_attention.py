@@ -10,6 +10,7 @@ State: keys P (K x M) and values R (M x E) of the M slots per key/value head, fl
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +33,7 @@ from .parts.heads import head_width
 from .parts.kv_cache import empty_tokens
 from .parts.norm import RMSNorm
 from .parts.projection import init_projections, projection_flops
+from .parts.state_space import is_number
 
 # Dimensions: B batch, T tokens, N sequences, H query heads, G key/value heads, K key width, E value width,
 # M slots
@@ -84,8 +86,8 @@ class GatedSlotConfig(MixerConfig):
                 f"num_heads must be a multiple of num_kv_heads, got {self.num_heads} and "
                 f"{self.num_kv_heads}. Every key/value head serves an equal group of query heads."
             )
-        if not self.norm_eps > 0:
-            raise ValueError(f"norm_eps must be above 0, got {self.norm_eps}.")
+        if not is_number(self.norm_eps) or not 0 < self.norm_eps < math.inf:
+            raise ValueError(f"norm_eps must be above 0 and finite, got {self.norm_eps!r}.")
 
     @property
     def kv_heads(self) -> int:

@@ -11,6 +11,7 @@ State: S (K x E) and, where normalised, n (K) per key/value head, float32. Const
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -33,6 +34,7 @@ from .parts.feature_maps import list_feature_maps, make_feature_map
 from .parts.kv_cache import empty_tokens
 from .parts.norm import RMSNorm
 from .parts.rotary import Rotary
+from .parts.state_space import check_booleans, is_number
 
 # Dimensions: B batch, T tokens, N sequences, H query heads, G key/value heads, F raw query/key width,
 # K features, E value width, M model width
@@ -95,13 +97,19 @@ class LinearAttentionConfig(MixerConfig):
             )
         check_choice("feature_map", self.feature_map, list_feature_maps())
         check_choice("decay", self.decay, ("none", "fixed"))
+        check_booleans(self, "normalize", "use_rope", "norm_output")
         if self.normalize and self.feature_map in ("hadamard", "identity", "l2_norm"):
             raise ValueError(
                 "normalize=True needs weights that cannot be negative, but with feature_map="
                 f"{self.feature_map!r} their sum can cross zero. Set normalize=False or choose another map."
             )
-        if not self.eps >= 0:
-            raise ValueError(f"eps must be at least 0, got {self.eps}.")
+        if not is_number(self.eps) or not 0 <= self.eps < math.inf:
+            raise ValueError(f"eps must be at least 0 and finite, got {self.eps!r}.")
+        if self.normalize and self.eps == 0 and self.feature_map in ("dpfp", "rebased", "relu", "t2r"):
+            raise ValueError(
+                f"eps must be above 0 with feature_map={self.feature_map!r}, whose weights can all be 0, got "
+                f"{self.eps}. Use for instance 1e-6."
+            )
         if self.use_rope:
             Rotary(self.key_dim, self.rope_theta)  # raises on an odd width or a bad base
 

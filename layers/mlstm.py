@@ -10,6 +10,7 @@ State: C (K x E), n (K) and m per head, float32. Constant.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -33,6 +34,7 @@ from .parts.kv_cache import empty_tokens
 from .parts.norm import RMSNorm
 from .parts.output_gate import OutputGate
 from .parts.projection import init_projections, projection_flops
+from .parts.state_space import is_number
 
 # Dimensions: B batch, T tokens, N sequences, H heads, K key width, E value width
 
@@ -78,8 +80,11 @@ class MLSTMConfig(MixerConfig):
         check_positive(self, "head_dim", "value_dim")
         for field in ("gate_soft_cap", "norm_eps"):
             value = getattr(self, field)
-            if value is not None and not value > 0:
-                raise ValueError(f"{field} must be above 0, got {value}.")
+            is_left_out = field == "gate_soft_cap" and value is None
+            if not is_left_out and (not is_number(value) or not 0 < value < math.inf):
+                raise ValueError(f"{field} must be above 0 and finite, got {value!r}.")
+        if not is_number(self.input_gate_bias) or not math.isfinite(self.input_gate_bias):
+            raise ValueError(f"input_gate_bias must be a finite number, got {self.input_gate_bias!r}.")
 
     @property
     def key_width(self) -> int:

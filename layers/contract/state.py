@@ -228,7 +228,7 @@ class State:
                 raise ValueError("its content differs from its SHA-256. Save the state again.")
             plain = {"version": FORMAT_VERSION, "state": json.loads(described), "tensors": tensors}
             state = State.from_plain(plain)
-        except (KeyError, ValueError) as error:
+        except (KeyError, ValueError, RecursionError) as error:
             raise ValueError(f"{path} is damaged: {error}") from error
         return state.to(device)
 
@@ -242,7 +242,7 @@ class State:
         metadata, _ = _read_file(path, with_tensors=False)
         try:
             notes = json.loads(metadata.get("memzoo_notes", "{}"))
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path} is damaged: {error}. Save the state again.") from error
         if not isinstance(notes, dict) or not all(isinstance(value, str) for value in notes.values()):
             raise ValueError(f"{path} is damaged: its notes are no texts. Save the state again.")

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..contract import SequenceContext, suggest
+from .state_space import is_number
 
 _SCALING_KEYS = {
     "default": set(),
@@ -54,11 +55,11 @@ class Rotary:
     def __post_init__(self) -> None:
         if self.head_dim % 2:
             raise ValueError(
-                f"rotary positions need an even head_dim, got {self.head_dim}. Set rope_theta to null to go "
-                "without."
+                f"rotary positions need heads of an even width, got {self.head_dim}. Choose an even one, or "
+                "go without rotary positions (use_rope: false, or rope_theta: null)."
             )
-        if self.theta <= 0:
-            raise ValueError(f"rope_theta must be positive, got {self.theta}.")
+        if not is_number(self.theta) or not 0 < self.theta < math.inf:
+            raise ValueError(f"rope_theta must be a number above 0, got {self.theta!r}.")
         if self.scaling is not None:
             kind = self.kind
             if kind not in _SCALING_KEYS:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -74,8 +75,10 @@ def init_step_bias(bias: Tensor, smallest: float, largest: float, floor: float) 
 
 
 def is_number(value: object) -> bool:
-    """Whether a value is a number, infinity included, and no boolean."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value)
+    """Whether a value is a number, infinity included, and no boolean; no integer that a float cannot hold."""
+    if isinstance(value, int):
+        return not isinstance(value, bool) and abs(value) <= sys.float_info.max
+    return isinstance(value, float) and not math.isnan(value)
 
 
 def check_booleans(config: object, *names: str) -> None:

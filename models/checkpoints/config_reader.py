@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ...layers.parts.state_space import is_number
 from ..config import ModelConfig
 from .errors import CheckpointError
 
@@ -61,11 +62,7 @@ class ConfigReader:
     def number(self, key: str) -> float:
         """A positive number."""
         value = self.get(key)
-        if (
-            isinstance(value, bool)
-            or not isinstance(value, (int, float))
-            or not (math.isfinite(value) and value > 0)
-        ):
+        if not is_number(value) or not 0 < value < math.inf:
             raise self.wrong(key, value, "a positive number")
         return float(value)
 

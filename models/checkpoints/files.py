@@ -78,7 +78,7 @@ def read_json(path: StrPath) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}.") from error
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, or a number of thousands of digits
         raise CheckpointError(
             f"{path} is not valid JSON ({error}). The file is damaged; fetch or save it again."
         ) from error

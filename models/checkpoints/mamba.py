@@ -11,6 +11,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from ...layers.contract import suggest
+from ...layers.parts.state_space import is_number
 from ..config import ModelConfig
 from ..decoder import MemoryLM
 from .config_reader import ConfigReader, SourceWeight, build_config
@@ -265,7 +266,7 @@ def _limit(reader: ConfigReader, value: Any) -> tuple[float, float] | None:
         return None
     ends: list[Any] = [end.get("__float__") if isinstance(end, Mapping) else end for end in _pair(value)]
     ends = [math.inf if end in ("Infinity", "inf") else end for end in ends]
-    if len(ends) != 2 or any(isinstance(end, bool) or not isinstance(end, (int, float)) for end in ends):
+    if len(ends) != 2 or not all(is_number(end) for end in ends):
         raise reader.wrong("time_step_limit", value, "two numbers")
     low, high = float(ends[0]), float(ends[1])
     return None if (low, high) == (0.0, math.inf) else (low, high)

@@ -268,6 +268,8 @@ def test_folders_of_the_original_code_with_an_old_config(tmp_path):
         ({"ssm_cfg": {"layer": "Mamba2", "rmsnorm": False}}, "rmsnorm=False"),
         ({"ssm_cfg": {"layer": "Mamba2", "headdim": 5}}, "head_dim must divide"),
         ({"ssm_cfg": {"layer": "Mamba2", "dt_limit": "x"}}, "expected two numbers"),
+        ({"ssm_cfg": {"layer": "Mamba2", "dt_limit": [0, 10**400]}}, "expected two numbers"),
+        ({"ssm_cfg": {"dt_max": 10**400}}, "dt_min 0.001, dt_max 1000"),
         ({"ssm_cfg": {"layer": "Mamba2", "headdim": 4}}, r"mixer\.dt_bias' is missing"),
     ],
 )
@@ -291,6 +293,7 @@ def test_what_the_original_config_cannot_mean_is_named(tmp_path, changes, messag
         ({"rms_norm": False}, "rms_norm=False"),
         ({"expand": 0}, "expand=0"),
         ({"use_bias": 1}, "use_bias=1, expected true or false"),
+        ({"time_step_max": 10**400}, "time_step_max=1000.*, expected a positive number"),
         ({"state_size": 6}, "the config implies"),
     ],
 )

@@ -66,8 +66,8 @@ def test_atomic_path_leaves_the_old_file_when_writing_fails(tmp_path):
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"[1]", b"{", b'{"a": "\xff"}', b"[" * 100_000],
-    ids=["empty", "list", "cut", "not utf-8", "deep"],
+    [b"", b"[1]", b"{", b'{"a": "\xff"}', b"[" * 100_000, b'{"a": ' + b"9" * 5000 + b"}"],
+    ids=["empty", "list", "cut", "not utf-8", "deep", "long number"],
 )
 def test_bad_json_is_a_checkpoint_error(tmp_path, content):
     (tmp_path / "x.json").write_bytes(content)
