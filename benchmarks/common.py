@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from memzoo.records import write_record
+from memzoo.train.host_memory import freed_memory_kept
 from memzoo.train.speed import peak_memory as peak_memory
 
 RECORDS = Path(__file__).resolve().parent / "records"
@@ -105,7 +106,8 @@ def time_interleaved(
     """Time several functions in turns, so that drift of the machine meets all of them alike.
 
     Every round has its own order (seeded): a function that always followed the same one would always find the
-    processor's caches in the state which that leaves.
+    processor's caches in the state which that leaves. Freed memory is kept meanwhile, else the
+    longest tensors would be timed together with the fresh pages they ask for.
 
     Args:
         functions: what to time, by name.
@@ -140,23 +142,24 @@ def time_interleaved(
         taken = 1e3 * (time.perf_counter() - begin)
         return lambda: taken
 
-    begin = time.perf_counter()
-    for _ in range(warmup):
-        for name in functions:
-            run(name)
-        synchronize(device)
-        if time.perf_counter() - begin > 2 * budget_s * len(functions):
-            break
-    begin = time.perf_counter()
-    taken: dict[str, list[Callable[[], float]]] = {name: [] for name in functions}
-    order, shuffle = list(functions), random.Random(0).shuffle
-    for count in range(1, max_repeats + 1):
-        shuffle(order)
-        for name in order:
-            taken[name].append(run(name))
-        synchronize(device)
-        if count >= min_repeats and time.perf_counter() - begin > budget_s * len(functions):
-            break
+    with freed_memory_kept():
+        begin = time.perf_counter()
+        for _ in range(warmup):
+            for name in functions:
+                run(name)
+            synchronize(device)
+            if time.perf_counter() - begin > 2 * budget_s * len(functions):
+                break
+        begin = time.perf_counter()
+        taken: dict[str, list[Callable[[], float]]] = {name: [] for name in functions}
+        order, shuffle = list(functions), random.Random(0).shuffle
+        for count in range(1, max_repeats + 1):
+            shuffle(order)
+            for name in order:
+                taken[name].append(run(name))
+            synchronize(device)
+            if count >= min_repeats and time.perf_counter() - begin > budget_s * len(functions):
+                break
     return {name: summarize([read() for read in reads]) for name, reads in taken.items()}
 
 

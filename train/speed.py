@@ -137,19 +137,28 @@ def peak_memory(function: Callable[[], object], device: torch.device) -> int | N
     try:
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark to the present size
-        held_kib = _status_kib("VmRSS")
+        held = resident_bytes()
     except (AttributeError, OSError):
         function()
         return None
     function()
-    return max(0, _status_kib("VmHWM") - held_kib) << 10
+    return max(0, _status_bytes("VmHWM") - held)
 
 
-def _status_kib(name: str) -> int:
+def resident_bytes() -> int:
+    """Memory of this process that lies in RAM (Linux).
+
+    Raises:
+        OSError: the system does not say.
+    """
+    return _status_bytes("VmRSS")
+
+
+def _status_bytes(name: str) -> int:
     found = re.search(rf"^{name}:\s*(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
     if found is None:
         raise OSError(f"the system does not report {name}")
-    return int(found.group(1))
+    return int(found.group(1)) << 10
 
 
 def _prefill(model: MemoryLM, ids: Tensor, chunk_size: int) -> ModelState:
