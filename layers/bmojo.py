@@ -41,7 +41,6 @@ from .parts.eidetic import EideticConfig, EideticMemory, EideticStoreState, Judg
 from .parts.kv_cache import WindowCache, empty_tokens
 from .parts.norm import RMSNorm
 from .parts.projection import init_projections
-from .parts.state_space import check_booleans
 from .parts.tiles import Tiles
 from .parts.union import Reach, Streams, read_concatenated, read_merged, read_rings
 
@@ -91,7 +90,6 @@ class BMojoConfig(HeadsConfig, EideticConfig):
         if self.eidetic_chunk_size is None:
             chunk = self.window_size or self.fading_reach or 1
             object.__setattr__(self, "eidetic_chunk_size", chunk)
-        check_booleans(self, "tie_weights", "fading_norm", "zero_gate")
         check_choice("form", self.form, ("merged", "concatenated"))
         self._check_inner()
         self._check_reach()

@@ -43,7 +43,7 @@ from .parts.output_gate import GATE_ACTIVATIONS, OutputGate
 from .parts.projection import init_projections, projection_flops
 from .parts.rotary import Rotary
 from .parts.short_conv import ShortConv
-from .parts.state_space import check_booleans, is_number
+from .parts.state_space import is_number
 from .parts.write_step import WriteStep
 
 # Dimensions: B batch, T tokens, N sequences, H query heads, G key heads, HV value heads, F raw query/key
@@ -106,7 +106,6 @@ class GatedLinearAttentionConfig(MixerConfig):
         check_positive(self, "num_heads", "chunk_size")
         if type(self.conv_size) is not int or self.conv_size:  # 0 for none
             check_positive(self, "conv_size")
-        check_booleans(self, "use_rope", "allow_neg_eigval", "gate_low_rank")
         self._resolve_heads()
         self._resolve_widths()
         for name, known in (

@@ -34,7 +34,7 @@ from .parts.feature_maps import list_feature_maps, make_feature_map
 from .parts.kv_cache import empty_tokens
 from .parts.norm import RMSNorm
 from .parts.rotary import Rotary
-from .parts.state_space import check_booleans, is_number
+from .parts.state_space import is_number
 
 # Dimensions: B batch, T tokens, N sequences, H query heads, G key/value heads, F raw query/key width,
 # K features, E value width, M model width
@@ -97,7 +97,6 @@ class LinearAttentionConfig(MixerConfig):
             )
         check_choice("feature_map", self.feature_map, list_feature_maps())
         check_choice("decay", self.decay, ("none", "fixed"))
-        check_booleans(self, "normalize", "use_rope", "norm_output")
         if self.normalize and self.feature_map in ("hadamard", "identity", "l2_norm"):
             raise ValueError(
                 "normalize=True needs weights that cannot be negative, but with feature_map="

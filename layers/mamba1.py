@@ -34,7 +34,6 @@ from .parts.kv_cache import empty_tokens
 from .parts.short_conv import ShortConv
 from .parts.state_space import (
     Float32Parameters,
-    check_booleans,
     check_step_range,
     decay_rates,
     fill,
@@ -82,7 +81,6 @@ class Mamba1Config(MixerConfig):
         if self.dt_rank is None:
             object.__setattr__(self, "dt_rank", -(-self.d_model // 16))
         check_positive(self, "d_state", "conv_size", "expand", "dt_rank", "num_residuals")
-        check_booleans(self, "use_bias", "use_conv_bias")
         check_step_range(self)
 
     @property

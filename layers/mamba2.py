@@ -37,7 +37,6 @@ from .parts.norm import GatedRMSNorm
 from .parts.short_conv import ShortConv
 from .parts.state_space import (
     Float32Parameters,
-    check_booleans,
     check_pair,
     check_step_range,
     decay_rates,
@@ -114,7 +113,6 @@ class Mamba2Config(MixerConfig):
             raise ValueError(f"rate_range must be finite, got {self.rate_range}.")
         if self.dt_limit is not None:
             check_pair("dt_limit", self.dt_limit, 0)
-        check_booleans(self, "use_bias", "use_conv_bias", "norm_before_gate")
         if not is_number(self.norm_eps) or not 0 < self.norm_eps < 1:
             raise ValueError(f"norm_eps must be a number between 0 and 1, got {self.norm_eps!r}.")
 

@@ -35,7 +35,6 @@ from .parts.kv_cache import empty_tokens
 from .parts.norm import GatedRMSNorm, RMSNorm
 from .parts.state_space import (
     Float32Parameters,
-    check_booleans,
     check_step_range,
     init_linear,
     init_step_bias,
@@ -87,7 +86,6 @@ class Mamba3Config(MixerConfig):
         super().__post_init__()
         check_positive(self, "d_state", "head_dim", "num_groups", "expand", "num_residuals", "chunk_size")
         check_step_range(self)
-        check_booleans(self, "norm_output")
         if self.expand * self.d_model % self.head_dim:
             raise ValueError(
                 f"head_dim must divide expand * d_model, got {self.head_dim} and {self.expand} * "

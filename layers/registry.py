@@ -113,7 +113,7 @@ def register_preset(
 
 def mixer_entry(name: str) -> MixerEntry:
     """The entry of a registered name; an unknown name is an error that suggests the nearest."""
-    if name not in _MIXERS:
+    if not isinstance(name, str) or name not in _MIXERS:
         raise ValueError(f"mixer type {name!r} is unknown. {suggest(str(name), _MIXERS)}")
     return _MIXERS[name]
 

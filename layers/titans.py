@@ -43,7 +43,7 @@ from .parts.kv_cache import empty_tokens
 from .parts.norm import RMSNorm
 from .parts.projection import init_projections, projection_flops
 from .parts.short_conv import ShortConv
-from .parts.state_space import check_booleans, is_number, undecayed
+from .parts.state_space import is_number, undecayed
 
 # Dimensions: B batch, T tokens, N sequences, H heads, F head width, P numbers of a head's net, D model width,
 # K taps
@@ -100,7 +100,6 @@ class TitansConfig(MixerConfig):
         for name in ("head_dim", "batch_size", "conv_size"):
             if getattr(self, name):
                 check_positive(self, name)
-        check_booleans(self, "use_momentum", "orthogonalize", "out_norm")
         check_choice("gates", self.gates, ("chunk", "token"))
         check_choice("qk_norm", self.qk_norm, ("none", "rms", "l2"))
         if self.head_dim is None and self.d_model % self.num_heads:

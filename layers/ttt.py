@@ -36,7 +36,7 @@ from .parts.kv_cache import empty_tokens
 from .parts.projection import init_projections, projection_flops
 from .parts.rotary import Rotary
 from .parts.short_conv import ShortConv
-from .parts.state_space import check_booleans, is_number, undecayed
+from .parts.state_space import is_number, undecayed
 
 # Dimensions: B batch, T tokens, N sequences, H heads, F head width, G hidden width, C tokens of a mini-batch,
 # D model width, K taps
@@ -71,7 +71,6 @@ class TTTLinearConfig(MixerConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_positive(self, "num_heads", "mini_batch_size")
-        check_booleans(self, "use_gate", "share_qk")
         if self.d_model % self.num_heads:
             raise ValueError(
                 f"num_heads must divide d_model, got {self.num_heads} heads and d_model {self.d_model}."

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from ..layers.contract import MixerConfig, check_choice, check_positive, check_size, suggest
+from ..layers.contract import MixerConfig, check_choice, check_positive, check_size, number_hint, suggest
 from ..layers.registry import list_mixers, mixer_config, mixer_entry
 
 MLP_TYPES = ("swiglu", "gelu", "none")
@@ -79,7 +79,9 @@ class ModelConfig:
         for name in ("norm_eps", "initializer_range"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1:
-                raise ValueError(f"{name} must be a number between 0 and 1, got {value!r}.")
+                raise ValueError(
+                    f"{name} must be a number between 0 and 1, got {value!r}.{number_hint(value)}"
+                )
         entries = _expand(self.layers, self.num_layers)
         object.__setattr__(self, "num_layers", len(entries))
         self._check_defaults(entries)
@@ -234,8 +236,8 @@ def _expand_group(group: Mapping[str, Any], num_layers: int | None) -> Iterator[
     if repeat is None:
         if num_layers is None or num_layers % len(pattern):
             raise ValueError(
-                f"a pattern of {len(pattern)} mixers needs repeat, or a num_layers that it divides; "
-                f"num_layers is {num_layers}."
+                f"a pattern of {len(pattern)} mixers needs repeat, or a num_layers that it divides; there is "
+                f"no repeat, and num_layers is {num_layers}. Write repeat: 1 for the pattern alone."
             )
         repeat = num_layers // len(pattern)
     if isinstance(repeat, bool) or not isinstance(repeat, int) or repeat < 1:

@@ -89,6 +89,11 @@ def convert(
     check_accelerator(accelerator)
     if not save_seconds >= 0:
         raise ValueError(f"save_seconds must be at least 0, got {save_seconds}.")
+    if books and num_windows < 2:
+        raise ValueError(
+            f"num_windows must be at least 2, got {num_windows}: differences between rows need an interval. "
+            'Or leave the comparison out with --books "[]".'
+        )
     place = model_place(source)
     # all that can be wrong is found before the weights are read
     check_recipe(chosen, read_model_config(place), with_control=control)
@@ -118,11 +123,6 @@ def convert(
             "Take a larger model of the same family."
         )
     tokens = {book: book_tokens(tokenizer, book) for book in ([books] if isinstance(books, str) else books)}
-    if tokens and num_windows < 2:
-        raise ValueError(
-            f"num_windows must be at least 2, got {num_windows}: differences between rows need an interval. "
-            'Or leave the comparison out with --books "[]".'
-        )
     check_books(chosen, tokens)
     for ids in tokens.values():
         window_starts(len(ids), window_size, num_windows, FIRST_TOKEN)

@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 from .command_parts import DType, check_output, device_name, model_place, table, write_if_asked
 
+Plain = bool | int | float | str | None  # no open type: what the parser builds from one may name a class
+
 _MOST_DRAWN = 2048  # tokens of a map, which grows with their square
 
 
@@ -125,7 +127,7 @@ def bench(
     d_model: int = 512,
     lengths: Sequence[int] = (1024, 2048, 4096),
     batch_size: int = 1,
-    settings: dict[str, bool | int | float | str | None] | None = None,
+    settings: dict[str, Plain | list[Plain | dict[str, Plain]]] | None = None,
     repetitions: int = 3,
     threads: int | None = None,
     device: str = "auto",

@@ -1,6 +1,6 @@
 """What every token mixer obeys: base class, state, context, configuration, probe."""
 
-from .config import MixerConfig, check_choice, check_positive, check_size, suggest
+from .config import MixerConfig, check_choice, check_positive, check_size, number_hint, suggest
 from .context import SequenceContext, build_context
 from .mixer import LayerOutput, TokenMixer, config_span, tag_parameter
 from .probe import is_probing, probe, record
@@ -19,6 +19,7 @@ __all__ = [
     "config_span",
     "host_field",
     "is_probing",
+    "number_hint",
     "probe",
     "record",
     "suggest",

@@ -15,10 +15,14 @@ ConfigT = TypeVar("ConfigT", bound="MixerConfig")
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
-    """A sentence that names the nearest valid spelling, or all of them."""
+    """A sentence that names the nearest valid spelling (several that are equally near), or all of them."""
     known = sorted(known)
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    return f"Did you mean {close[0]!r}?" if close else f"Valid names: {', '.join(known)}."
+    close = difflib.get_close_matches(name, known, n=4, cutoff=0.6)
+    if not close:
+        return f"Valid names: {', '.join(known)}."
+    ratios = [difflib.SequenceMatcher(None, name, other).ratio() for other in close]
+    nearest = sorted(other for other, ratio in zip(close, ratios, strict=True) if ratio == ratios[0])
+    return f"Did you mean {' or '.join(map(repr, nearest))}?"
 
 
 def check_positive(config: object, *names: str) -> None:
@@ -43,9 +47,33 @@ def check_choice(name: str, value: str, known: Iterable[str]) -> None:
         raise ValueError(f"{name} {value!r} is unknown. {suggest(str(value), known)}")
 
 
+def check_kinds(config: Any) -> None:
+    """Raises ValueError unless fields declared as bool, float or str (or one of them or None) hold such."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        # a class, or its name where annotations are text
+        declared = getattr(field.type, "__name__", str(field.type))
+        kind = declared.removesuffix(" | None")
+        if value is None and kind != declared:
+            continue
+        if kind == "bool" and not isinstance(value, bool):
+            raise ValueError(f"{field.name} must be true or false, got {value!r}.")
+        if kind == "float" and (isinstance(value, bool) or not isinstance(value, (int, float))):
+            raise ValueError(f"{field.name} must be a number, got {value!r}.{number_hint(value)}")
+        if kind == "str" and not isinstance(value, str):
+            raise ValueError(f"{field.name} must be text, got {value!r}.")
+
+
+def number_hint(value: object) -> str:
+    """What to do about text in the place of a number."""
+    return " YAML reads 1e-5 as text: write 1.0e-5." if isinstance(value, str) else ""
+
+
 @dataclass(frozen=True, kw_only=True)
 class MixerConfig:
     """Fields that every mixer has.
+
+    Fields declared as `bool`, `float` or `str` (with `| None` or without) are checked to hold such values.
 
     Attributes:
         type: name under which the mixer is registered.
@@ -56,6 +84,7 @@ class MixerConfig:
     d_model: int
 
     def __post_init__(self) -> None:
+        check_kinds(self)
         check_positive(self, "d_model")
 
     @classmethod

@@ -81,13 +81,6 @@ def is_number(value: object) -> bool:
     return isinstance(value, float) and not math.isnan(value)
 
 
-def check_booleans(config: object, *names: str) -> None:
-    """Raises ValueError unless each named field of `config` is true or false."""
-    for name in names:
-        if not isinstance(getattr(config, name), bool):
-            raise ValueError(f"{name} must be true or false, got {getattr(config, name)!r}.")
-
-
 def check_pair(name: str, pair: object, lowest: float) -> None:
     """Raises ValueError unless `pair` is two numbers in order, the first at least `lowest`."""
     is_pair = isinstance(pair, tuple) and len(pair) == 2 and all(is_number(end) for end in pair)

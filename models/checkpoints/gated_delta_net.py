@@ -105,7 +105,13 @@ def load_gated_delta_net(
     Raises:
         CheckpointError: a weight is missing, of no use, or of another shape or kind than the config implies;
             or a value of the config is missing or impossible.
+        TypeError: `weights` or `values` is no mapping.
     """
+    if not isinstance(weights, Mapping):
+        raise TypeError(
+            f"weights must map names to tensors, got {type(weights).__name__}. Give layer.state_dict(), or "
+            "what safetensors.torch.load_file returns."
+        )
     given = {name: tensor for name, tensor in weights.items() if name.startswith(prefix)}
     where = f"the layer {prefix!r}" if prefix else "the layer"
     layout = _layout_of([name.removeprefix(prefix) for name in given], where)
@@ -182,8 +188,14 @@ def gated_delta_net_config(
 
     Raises:
         CheckpointError: a missing or impossible value, or an activation that the layer does not have.
+        TypeError: `values` is no mapping.
     """
     _check_layout(layout)
+    if not isinstance(values, Mapping):
+        raise TypeError(
+            f"values must be the parsed config.json, got {type(values).__name__}. Give config.to_dict() of a "
+            "config of transformers."
+        )
     inner = values.get("text_config", values)
     reader = ConfigReader(
         inner if isinstance(inner, Mapping) else values,

@@ -142,7 +142,7 @@ def refuse_content(folder: str | os.PathLike[str], names: Sequence[str] | None =
     if taken:
         raise ValueError(
             f"there is something in {', '.join(repr(str(path)) for path in taken)} already. "
-            "Name another folder, or add --overwrite to replace it."
+            "Name another folder, or add --overwrite (in Python overwrite=True) to replace it."
         )
 
 

@@ -622,6 +622,9 @@ def test_list_and_bench(capsys: pytest.CaptureFixture[str], workplace: Path) -> 
     for word in ("based", "moby_dick", "train/mqar_based", "linear_attention"):
         assert word in shown
     run("bench", "--mixer", "based", "--d_model", "8", "--lengths", "16", "--settings", "{num_heads: 2}")
+    inner = "{fading_window_size: 4, mixers: [{type: gated_delta_net, num_heads: 2, head_dim: 4}]}"
+    for mixer, settings in (("mamba2", "{head_dim: 8, rate_range: [0.01, 0.1]}"), ("bmojo", inner)):
+        run("bench", "--mixer", mixer, "--d_model", "8", "--lengths", "16", "--settings", settings)
     sizes = ["--d_model", "8", "--lengths", "[16, 200]", "--settings", "{num_heads: 2}"]
     run("bench", "--mixer", "based", *sizes, "--output", "bench.json")
     figures = read_record("bench.json")["results"]["figures"]

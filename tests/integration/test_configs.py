@@ -270,6 +270,8 @@ def test_flags_cannot_name_import_paths(flags: list[str], planted: Path) -> None
     [
         ["bench", "--mixer", "based", "--settings", EVIL],
         ["bench", "--mixer", "based", "--settings", "{num_heads: {class_path: planted.Module}}"],
+        ["bench", "--mixer", "parallel", "--settings", "{mixers: [{type: {class_path: planted.Module}}]}"],
+        ["bench", "--mixer", "parallel", "--settings", "{mixers: [{class_path: planted.Module}]}"],
         ["bench", "--mixer", "planted.Module"],
         ["generate", "--model", "planted.Module", "--prompt", "x"],
         ["inspect", "--model", EVIL],

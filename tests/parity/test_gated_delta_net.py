@@ -279,6 +279,14 @@ def test_weights_of_something_else():
         load_gated_delta_net({"mlp.weight": torch.ones(2)}, config.to_dict(), prefix="model.")
 
 
+def test_what_is_no_mapping():
+    theirs, config, _ = toy("qwen3_next")
+    with pytest.raises(TypeError, match=r"got Qwen3NextConfig\. Give config\.to_dict"):
+        load_gated_delta_net(theirs.state_dict(), config)
+    with pytest.raises(TypeError, match="weights must map names to tensors, got str"):
+        load_gated_delta_net("model.safetensors", config.to_dict())
+
+
 @pytest.mark.parametrize(
     ("layout", "change", "message"),
     [

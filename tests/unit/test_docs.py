@@ -28,13 +28,12 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROO
 EXAMPLES = [
     "docs/evaluate.md",
     "docs/models.md",
-    *(f"docs/mixers/{name}.md" for name in ("attention", "gated", "linear", "lolcats", "trimkv", "ttt")),
-]
-EXAMPLES += [
-    "docs/mixers/bmojo.md",
-    "docs/mixers/composites.md",
-    "docs/mixers/policy_attention.md",
     "docs/policies.md",
+    *(
+        f"docs/mixers/{page.name}"
+        for page in sorted((ROOT / "docs" / "mixers").glob("*.md"))
+        if "```python" in page.read_text(encoding="utf-8")
+    ),
 ]
 
 

@@ -89,7 +89,7 @@ def begin(folder: Path, settings: Mapping[str, Any]) -> None:
         what = _difference(begun if isinstance(begun, dict) else {}, plain)
         raise ValueError(
             f"{str(folder)!r} holds the beginning of another conversion (other {what}). "
-            "Name another folder, or add --overwrite to start anew."
+            "Name another folder, or add --overwrite (in Python overwrite=True) to start anew."
         )
     _remove_parts(folder)
     content = {"format_version": FORMAT_VERSION, "version": __version__, "settings": plain, "runs": {}}

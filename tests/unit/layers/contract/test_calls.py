@@ -187,6 +187,7 @@ def test_in_place_writing_needs_a_call_without_gradients():
     [
         ({**WINDOW, "windw_size": 3}, "Did you mean 'window_size'"),
         ({**WINDOW, "type": "slidin_window"}, "Did you mean 'sliding_window'"),
+        ({**WINDOW, "type": "mamba"}, "Did you mean 'mamba1' or 'mamba2' or 'mamba3'"),
         ({"type": "sliding_window", "d_model": 8, "num_heads": 2}, "needs the keys \\['window_size'\\]"),
         ({"d_model": 8}, "needs a type"),
         ({**WINDOW, "d_model": 0}, "d_model must be an integer of at least 1, got 0"),
