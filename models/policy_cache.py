@@ -152,14 +152,15 @@ class PolicyCacheLayer(CacheLayerMixin):
             layer=self.index,
             num_layers=self.num_layers,
             rotation=self.rotation,
-            is_deferred=self.policy.allocator.needs_stats and self.state is None,
+            is_deferred=self.policy.is_shared or (self.policy.allocator.needs_stats and self.state is None),
         )
         if self.state is None:
             lengths = [length] * batch if real is None else [int(n) for n in real.sum(-1)]
             self.state = self._empty(q, k, v, lengths)
         had_padding, self.has_padding = self.has_padding, self.has_padding or real is not None
         self.num_columns += length
-        memories = self._memories(self.state, by_row=real is not None or place.is_deferred)
+        needs_rows = place.is_deferred and not self.policy.is_shared
+        memories = self._memories(self.state, by_row=real is not None or needs_rows)
         out = None
         if self._fits(memories, length, had_padding, real):
             # nothing is evicted before the output is there: the model's own attention, to the bit
@@ -169,6 +170,11 @@ class PolicyCacheLayer(CacheLayerMixin):
         found, memories = self._read_rows(memories, q, k, v, real, place, has_output=out is not None)
         self.state = PolicyState.of(memories)
         return found if out is None else out
+
+    def memories(self) -> list[LayerMemory]:
+        """Working forms of the rows, grouped as `pending` is."""
+        assert self.state is not None
+        return self._memories(self.state, by_row=len(self.pending) == self.state.batch_size)
 
     def settle(self, row: int, budget: int) -> None:
         """Gives a row its budget, and compresses it after a prompt that was read with all layers."""
@@ -198,6 +204,7 @@ class PolicyCacheLayer(CacheLayerMixin):
         lookup = self.policy.lookup
         return all(
             part.entries.num_slots == part.num_seen
+            and (not self.policy.is_ragged or bool(part.entries.valid.all()))
             and part.packed is None
             and (is_whole or part.num_seen + length - 1 <= part.budget)
             and (length > 1 or lookup is None or part.num_seen < lookup.budget)
@@ -317,9 +324,14 @@ class PolicyCache(Cache):
         return False
 
     def finish(self, index: int) -> None:
-        """After the last layer has read a prompt: budgets from what all layers have seen of it."""
+        """After the last layer has read a call: budgets from what all layers have seen of a prompt, or one
+        compression of all layers.
+        """
         layers = self.bounded
         if not layers or layers[-1].index != index or not layers[-1].pending:
+            return
+        if self.policy.is_shared:
+            self._share()
             return
         for row in range(len(layers[-1].pending)):
             stats = [layer.stats(row) for layer in layers]
@@ -329,6 +341,23 @@ class PolicyCache(Cache):
                 layer.settle(row, budget)
         for layer in layers:
             layer.pending = []
+
+    def _share(self) -> None:
+        """Compresses all layers together, those rows that have read enough."""
+        layers = self.bounded
+        held = [layer.memories() for layer in layers]
+        changed = False
+        for group, memories in enumerate(zip(*held, strict=True)):
+            queries, places = zip(*(layer.pending[group] for layer in layers), strict=True)
+            if self.policy.is_due(memories[0].num_seen, queries[0].shape[1]):
+                found = self.policy.compress_together(memories, queries, places)
+                for of_layer, memory in zip(held, found, strict=True):
+                    of_layer[group] = memory.trimmed()
+                changed = True
+        for layer, of_layer in zip(layers, held, strict=True):
+            layer.pending = []
+            if changed:
+                layer.state = PolicyState.of(of_layer)
 
     def memory_bytes(self) -> int:
         """Bytes of everything held: keys, values, positions, scores, counts, queries of the window."""

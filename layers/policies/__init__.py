@@ -41,7 +41,7 @@ from .scorers import (
     WindowAttention,
     WindowedAttention,
 )
-from .selection import HeadAdaptive, Selector, WholeWindows
+from .selection import GlobalBudget, HeadAdaptive, Selector, WholeWindows
 from .sizes import kv_bytes
 from .tiers import FewerChannels, LowBits, ThreeStates, Tier
 
@@ -53,6 +53,7 @@ __all__ = [
     "ErrorAwareBudget",
     "EvictionPolicy",
     "FewerChannels",
+    "GlobalBudget",
     "GroupedArithmeticBudget",
     "HeadAdaptive",
     "HeavyHitter",

@@ -9,7 +9,7 @@ end.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -24,6 +24,7 @@ from .merging import Merger
 from .reading import Observation, attend, wide_dtype
 from .scorers import Scorer
 from .selection import Selector, settled
+from .steps import asked, chosen, following, left_out, scattered, sentence_numbers, without
 from .tiers import Tier
 
 # Dimensions: B sequences with equally many tokens read, T tokens, H query heads, G key/value heads, C
@@ -41,7 +42,8 @@ class Place:
         layer, num_layers: its index, and how many layers the model has.
         rotation: rotary frequencies, for `rerotate`.
         leader: (B, G', C') `order` of the layer whose choice this one follows, or None.
-        is_deferred: a call of several tokens is not compressed here: the model does so after its last layer.
+        is_deferred: a call of several tokens is not compressed here: the model does so after its last layer;
+            nor is a single token where all layers share one budget.
     """
 
     scale: float | None = None
@@ -114,6 +116,8 @@ class EvictionPolicy:
             )
         if self.prefill == "grid" and (self.tier or self.lookup or self.allocator.needs_prompt):
             raise ValueError(f"{self.name} needs the whole prompt. Set prefill to one_shot.")
+        if self.is_shared:
+            self._check_shared()
         if isinstance(self.budget, int):
             self.check_budget(self.budget)
 
@@ -126,6 +130,11 @@ class EvictionPolicy:
     def is_exact(self) -> bool:
         """Whether any split of a sequence into calls gives the same result."""
         return self.prefill == "grid"
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether all layers of a model share one budget, and are compressed together."""
+        return self.selector is not None and self.selector.spans_layers
 
     @property
     def is_ragged(self) -> bool:
@@ -144,9 +153,11 @@ class EvictionPolicy:
         """Raises ValueError where a budget leaves nothing to choose."""
         if budget < 1:
             raise ValueError(f"budget must be at least 1, got {budget}. Leave the policy out to keep all.")
-        if self.tier is not None or self.selector is not None:
-            return  # their budgets do not count the forced entries
         forced = self.sinks + self.num_recent(budget)
+        if self.tier is not None or self.selector is not None:
+            if self.selector is not None:
+                self.selector.check(forced, budget)
+            return  # the budgets of others do not count the forced entries
         if forced > budget or (self.sinks and budget <= self.sinks + 1):
             raise ValueError(
                 f"a budget of {budget} entries is too small for {self.sinks} sinks and "
@@ -158,9 +169,22 @@ class EvictionPolicy:
                 f"{self.scorer.window} queries. Raise the budget or shorten the window."
             )
 
-    def width(self, budget: int, num_groups: int) -> int:
+    def width(self, budget: int, num_groups: int, num_layers: int = 1) -> int:
         """The most entries that one head may keep."""
-        return budget if self.selector is None else self.selector.width(budget, num_groups)
+        return budget if self.selector is None else self.selector.width(budget, num_groups, num_layers)
+
+    def _check_shared(self) -> None:
+        if self.prefill == "grid":
+            raise ValueError(
+                f"{self.name} compares layers, which read a call one after another: it can compress only at "
+                "the end of a call. Set prefill to one_shot."
+            )
+        chooses = self.merger is not None and self.merger.chooses
+        if chooses or self.tier or self.share_layers > 1 or self.fixed_slot or self.allocator.needs_prompt:
+            raise ValueError(
+                f"{self.name} shares one budget among all layers: it goes with no tier, merged runs, shared "
+                "choices, fixed slots or budgets from the prompt. Leave them out."
+            )
 
     # ------------------------------------------------------------------ the cache of one layer
 
@@ -291,17 +315,50 @@ class EvictionPolicy:
         if entries.num_slots <= budget:
             return memory
         if self.fixed_slot is not None and not is_prompt:
-            return replace(memory, entries=_without(entries, budget, self.fixed_slot))
+            return replace(memory, entries=without(entries, budget, self.fixed_slot))
         if place.leader is not None:
-            return replace(memory, entries=_following(entries, place.leader))
+            return replace(memory, entries=following(entries, place.leader))
         scores = self._rate(memory, obs)
         if self.merger is not None and self.merger.chooses:
             return replace(memory, entries=self.merger.choose(entries, scores, budget))
-        index, keep = self.select(scores, entries, budget)
+        return self._kept(memory, *self.select(scores, entries, budget))
+
+    def compress_together(
+        self, memories: Sequence[LayerMemory], queries: Sequence[Tensor], places: Sequence[Place]
+    ) -> list[LayerMemory]:
+        """The memories of all layers within their common budget; for policies that are `is_shared`.
+
+        Args:
+            memories: of the same sequences in each layer, the newest tokens included.
+            queries: (B, n, H, D) of each layer, read since the last compression, the newest last.
+            places: of the layers.
+        """
+        assert self.selector is not None
+        scores = []
+        for memory, q, place in zip(memories, queries, places, strict=True):
+            obs = self._observation(memory, q, _located(place, q))
+            scores.append(settled(self._rate(memory, obs)))
+        keeps = self.selector.share(scores, [memory.budget for memory in memories])
+        return [
+            memory
+            if bool((keep == memory.entries.valid).all())
+            else self._kept(memory, *chosen(keep, memory.entries))
+            for memory, keep in zip(memories, keeps, strict=True)
+        ]
+
+    def is_due(self, num_seen: int, length: int) -> bool:
+        """Whether a call of `length` tokens, after which `num_seen` are read, ends with a compression."""
+        if self.prefill == "one_shot" and length > 1:
+            return True
+        return length > 0 and num_seen % self.interval == 0 and self.lookup is None
+
+    def _kept(self, memory: LayerMemory, index: Tensor, keep: Tensor | None) -> LayerMemory:
+        """The memory with these slots, as `select` gives them; the others are dropped or merged."""
+        entries = memory.entries
         kept = entries.take(index, keep)
         if self.merger is None:
             return replace(memory, entries=kept)
-        evicted = _left_out(index, keep, entries)
+        evicted = left_out(index, keep, entries)
         kept, threshold = self.merger.merge(kept, evicted, memory.threshold)
         return replace(memory, entries=kept, threshold=threshold)
 
@@ -350,7 +407,7 @@ class EvictionPolicy:
             score=None if entries.score is None else entries.score.new_zeros(shape),
             count=None if entries.count is None else entries.count.new_ones(shape),
             extra=None if entries.extra is None or extra is None else extra.transpose(1, 2),
-            sentence=None if ends is None else _sentences(memory, ends)[:, None].expand(shape),
+            sentence=None if ends is None else sentence_numbers(memory, ends)[:, None].expand(shape),
         )
         entries = Entries.concat([entries, new])
         if self.is_ragged:  # the empty slots of some heads would lie between old and new
@@ -358,7 +415,7 @@ class EvictionPolicy:
         queries = memory.queries
         if queries is not None:
             queries = torch.cat([queries, q.detach()], dim=1)[:, -queries.shape[1] :]
-        question = memory.question if ends is None else _asked(memory, q, ends)
+        question = memory.question if ends is None else asked(memory, q, ends)
         return replace(memory, entries=entries, num_seen=seen, queries=queries, question=question)
 
     def _attend(self, memory: LayerMemory, q: Tensor, place: Place) -> tuple[Tensor, LayerMemory]:
@@ -381,10 +438,7 @@ class EvictionPolicy:
                 if found is None:
                     weights = weights[..., held.num_slots - entries.num_slots :]
                 else:
-                    index = found[0][:, :, None, None].expand_as(weights)
-                    weights = weights.new_zeros(*weights.shape[:-1], entries.num_slots).scatter(
-                        -1, index, weights
-                    )
+                    weights = scattered(weights, found[0], entries.num_slots)
                 gained.append(self.scorer.observe(weights, obs))
 
         out = attend(
@@ -404,8 +458,8 @@ class EvictionPolicy:
 
     def _settle(self, memory: LayerMemory, q: Tensor, place: Place, is_whole: bool) -> LayerMemory:
         """Compression where it is due."""
-        is_due = memory.num_seen % self.interval == 0 and self.lookup is None
-        if (is_whole and place.is_deferred) or not (is_whole or is_due):
+        is_deferred = place.is_deferred and (is_whole or self.is_shared)
+        if is_deferred or not self.is_due(memory.num_seen, q.shape[1]):
             return memory
         return self.compress(memory, q, place=place, is_prompt=is_whole)
 
@@ -442,53 +496,3 @@ NO_THRESHOLD = -2.0  # below every cosine: nothing has been merged yet
 def _located(place: Place | None, q: Tensor) -> Place:
     place = Place() if place is None else place
     return place if place.scale is not None else replace(place, scale=q.shape[-1] ** -0.5)
-
-
-def _sentences(memory: LayerMemory, ends: Tensor) -> Tensor:
-    """(B, T) int32 the sentences of new tokens: a prompt begins one, a single token may go on with one."""
-    held = memory.entries.sentence
-    assert held is not None
-    assert memory.question is not None
-    last = held.flatten(1).amax(-1, keepdim=True) if held.shape[2] else held.new_zeros(len(held), 1)
-    begins = (
-        memory.question[:, 0, -1:] == 0 if ends.shape[1] == 1 else torch.ones_like(last, dtype=torch.bool)
-    )
-    before = ends.cumsum(1) - ends.long()  # sentences that ended in this call
-    return (last + begins + before).to(torch.int32)
-
-
-def _asked(memory: LayerMemory, q: Tensor, ends: Tensor) -> Tensor:
-    """(B, G, D + 1) the question after new tokens; nothing is left of it behind a sentence or a prompt."""
-    question = memory.question
-    assert question is not None
-    if q.shape[1] != 1:
-        return torch.zeros_like(question)
-    own = q[:, 0].detach().to(question.dtype).unflatten(1, (question.shape[1], -1)).mean(2)  # (B, G, D)
-    grown = question + torch.cat([own, torch.ones_like(own[..., :1])], dim=-1)
-    return grown.masked_fill(ends[:, :, None], 0)
-
-
-def _left_out(index: Tensor, keep: Tensor | None, entries: Entries) -> Entries:
-    """The entries that are not among the slots `index`, in order."""
-    stays = torch.zeros_like(entries.order)
-    if keep is None:
-        gone = stays.scatter(-1, index, 1).argsort(dim=-1, stable=True)
-        return entries.take(gone[..., : entries.num_slots - index.shape[-1]])
-    gone = stays.scatter(-1, index, keep.to(stays.dtype)) == 0
-    order = torch.arange(entries.num_slots, device=gone.device).expand(gone.shape)
-    return entries.take(order, gone)
-
-
-def _without(entries: Entries, budget: int, distance: int) -> Entries:
-    """The entries without those that lie from slot `budget - distance` on, until the budget is kept."""
-    slot, surplus = max(1, budget - distance), entries.num_slots - budget
-    stays = torch.cat([torch.arange(slot), torch.arange(slot + surplus, entries.num_slots)])
-    return entries.take(stays.to(entries.order.device).expand(*entries.order.shape[:2], -1))
-
-
-def _following(entries: Entries, leader: Tensor) -> Entries:
-    """The entries of the positions that the first head of another layer holds."""
-    wanted = leader[:, 0]  # (B, C')
-    keep = (entries.order[:, :, :, None] == wanted[:, None, None]).any(-1) & entries.valid
-    index = by_position(torch.where(keep, entries.order, 0))[..., : wanted.shape[-1]]
-    return entries.take(index, keep.gather(-1, index))

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..contract import check_choice
 from .entries import Entries
 from .policy import EvictionPolicy, Prefill
 from .reading import Observation
 from .scorers import Scorer
-from .selection import HeadAdaptive
+from .selection import GlobalBudget, HeadAdaptive, Selector
 
 # Dimensions: B sequences, T tokens, G key/value heads, C entries
 
@@ -84,10 +85,10 @@ def retention(
     age_offset: int = 0,
     lookahead: int = 1,
     key_norm: bool = False,
-    adaptive: bool = False,
-    safeguard: float = 0.2,
+    scope: str = "head",
+    floor: float = 0.0,
     interval: int = 1,
-    prefill: Prefill = "grid",
+    prefill: Prefill | None = None,
 ) -> EvictionPolicy:
     """What the retention gates of the model say (TRIM-KV, Bui et al., 2512.03324); see `Retention`.
 
@@ -95,17 +96,22 @@ def retention(
         budget: entries per head.
         sinks, recent: first and last tokens that always stay.
         age_offset, lookahead, key_norm: as in `Retention`.
-        adaptive: heads share the budget of the layer by what their gates say.
-        safeguard: share of the budget that every head keeps then.
-        interval, prefill: see `EvictionPolicy`.
+        scope: "head": each has its budget; "layer", "global": the heads of a layer, or of all layers of a
+            model, share theirs by what their gates say (the last is for models of transformers).
+        floor: share of the budget that every head keeps then.
+        interval, prefill: see `EvictionPolicy`; by default "grid", of the scope "global" "one_shot".
     """
+    check_choice("scope", scope, ("head", "layer", "global"))
+    selector: Selector | None = None
+    if scope != "head":
+        selector = GlobalBudget(floor) if scope == "global" else HeadAdaptive(floor)
     return EvictionPolicy(
         scorer=Retention(age_offset, lookahead, key_norm),
         budget=budget,
         sinks=sinks,
         recent=recent,
-        selector=HeadAdaptive(safeguard) if adaptive else None,
+        selector=selector,
         interval=interval,
-        prefill=prefill,
+        prefill=prefill or ("one_shot" if scope == "global" else "grid"),
         name="retention",
     )

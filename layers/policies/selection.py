@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,7 +27,24 @@ def settled(scores: Tensor) -> Tensor:
 class Selector:
     """Chooses from scores; heads may end with unequal numbers of entries."""
 
-    def width(self, budget: int, num_groups: int) -> int:
+    @property
+    def spans_layers(self) -> bool:
+        """Whether all layers of a model are looked at together (`share`)."""
+        return False
+
+    def check(self, forced: int, budget: int) -> None:
+        """Raises ValueError where a budget has no room for so many forced entries of a head."""
+
+    def share(self, scores: Sequence[Tensor], budgets: Sequence[int]) -> list[Tensor]:
+        """What `keep` gives, for every layer of a model.
+
+        Args:
+            scores: (B, G, C) of each layer; C may differ.
+            budgets: entries of a head of each layer on average.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not implement share")
+
+    def width(self, budget: int, num_groups: int, num_layers: int = 1) -> int:
         """The most entries that one head may keep."""
         raise NotImplementedError(f"{type(self).__name__} does not implement width")
 
@@ -53,7 +71,7 @@ class HeadAdaptive(Selector):
 
     safeguard: float = 0.2
 
-    def width(self, budget: int, num_groups: int) -> int:
+    def width(self, budget: int, num_groups: int, num_layers: int = 1) -> int:
         return num_groups * budget - (num_groups - 1) * self._safe(budget)
 
     def keep(self, scores: Tensor, entries: Entries, budget: int) -> Tensor:
@@ -84,7 +102,7 @@ class WholeWindows(Selector):
     window: int = 8
     suffix: int = 32
 
-    def width(self, budget: int, num_groups: int) -> int:
+    def width(self, budget: int, num_groups: int, num_layers: int = 1) -> int:
         return budget + self.suffix
 
     def keep(self, scores: Tensor, entries: Entries, budget: int) -> Tensor:
@@ -101,3 +119,59 @@ class WholeWindows(Selector):
         by_token = stays.repeat_interleave(self.window, dim=-1)[:, :review]  # (B, review)
         keep[..., :review] = by_token[:, None]
         return keep
+
+
+@dataclass(frozen=True)
+class GlobalBudget(Selector):
+    """All heads of all layers share one budget by their scores (TRIM-KV, 2512.03324; DBTrimKV, 2605.09649).
+
+    A head keeps int(floor M) entries, and as many more as it has among the best of the rest of the pool, M
+    being the average budget of its layer: the counts follow from the scores of all, which of its entries a
+    head keeps from its own.
+
+    Attributes:
+        floor: share of the budget that every head keeps.
+
+    Raises:
+        ValueError: a floor outside [0, 1].
+    """
+
+    floor: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.floor <= 1:
+            raise ValueError(f"floor must lie in [0, 1], got {self.floor}. It is a share of the budget.")
+
+    @property
+    def spans_layers(self) -> bool:
+        return True
+
+    def check(self, forced: int, budget: int) -> None:
+        room = budget - int(budget * self.floor)
+        if forced > room:
+            raise ValueError(
+                f"a budget of {budget} entries of which every head keeps {budget - room} has no room for "
+                f"{forced} sinks and recent tokens. Raise the budget or lower the others."
+            )
+
+    def width(self, budget: int, num_groups: int, num_layers: int = 1) -> int:
+        return num_layers * num_groups * budget - (num_layers * num_groups - 1) * int(budget * self.floor)
+
+    def keep(self, scores: Tensor, entries: Entries, budget: int) -> Tensor:
+        return self.share([scores], [budget])[0]
+
+    def share(self, scores: Sequence[Tensor], budgets: Sequence[int]) -> list[Tensor]:
+        own = [int(budget * self.floor) for budget in budgets]
+        heads = [layer.shape[1] for layer in scores]
+        pool = sum(n * (budget - least) for n, budget, least in zip(heads, budgets, own, strict=True))
+        flat = torch.cat([layer.flatten(1) for layer in scores], dim=1)  # (B, entries of all layers)
+        best = flat.argsort(dim=-1, descending=True, stable=True)[:, :pool]
+        chosen = torch.zeros_like(flat, dtype=torch.bool).scatter(-1, best, True) & (flat > -torch.inf)
+        kept = []
+        for layer, part, least in zip(
+            scores, chosen.split([layer[0].numel() for layer in scores], dim=1), own, strict=True
+        ):
+            count = part.view(layer.shape).sum(-1, keepdim=True) + least  # (B, G, 1)
+            rank = layer.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+            kept.append((rank < count) & (layer > -torch.inf))
+        return kept

@@ -47,13 +47,15 @@ def kv_bytes(
     total = len(skipped) * full // num_layers
     for index, budget in enumerate(budgets):
         if index not in skipped:
-            total += _layer_bytes(policy, budget, num_tokens, heads, groups, width, dtype)
+            slots = policy.width(budget, groups, num_layers)
+            total += _layer_bytes(policy, budget, slots, num_tokens, heads, groups, width, dtype)
     return total
 
 
 def _layer_bytes(
     policy: EvictionPolicy,
     budget: int,
+    slots: int,
     num_tokens: int,
     heads: int,
     groups: int,
@@ -86,7 +88,6 @@ def _layer_bytes(
         return beside + groups * (whole * entry + old * ((kept + width) * dtype.itemsize + 4))
     if isinstance(tier, ThreeStates):
         return beside + groups * min(num_tokens, tier.cache_size) * entry
-    slots = policy.width(budget, groups)
     if policy.prefill == "grid":
         grid = num_tokens // policy.interval * policy.interval
         return beside + groups * (min(slots, grid) + num_tokens - grid) * entry
