@@ -468,7 +468,7 @@ def _exportable(index: int, mixer: Any) -> dict[str, Any]:
     if mixer.type not in ("attention", "sliding_window"):
         raise CheckpointError(
             f"layer {index} is {mixer.type!r}. A Llama-style folder holds attention and sliding_window only; "
-            "save the model with save_pretrained instead."
+            "save the model with memzoo.save instead."
         )
     fields = mixer.to_dict()
     if fields["rope_theta"] is None:

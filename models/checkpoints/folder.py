@@ -63,7 +63,8 @@ def checked_place(path: StrPath) -> Path:
     if not path.exists():
         raise CheckpointError(
             f"{str(path)!r} does not exist (looked in {Path.cwd()}). {_nearest(path)}"
-            "Give a model folder or a .gguf file."
+            "Give a model folder or a .gguf file; models of a hub are not downloaded, and shipped "
+            "configurations have no weights."
         )
     if path.suffix == ".ckpt" or (peek_folder(path) or {}).get("kind") == TRAINING_KIND:
         model = path.parent.parent / "model"

@@ -162,7 +162,14 @@ class _Parser:
 
     def parse(self) -> GGUFFile:
         if self.take(4) != b"GGUF":
-            raise CheckpointError(f"{self.path} is not a GGUF file: it does not begin with the letters GGUF.")
+            folder = Path(self.path).parent
+            is_model = (folder / "config.json").is_file()
+            there = (
+                f"Give its folder, {str(folder)!r}." if is_model else "Give a .gguf file or a model folder."
+            )
+            raise CheckpointError(
+                f"{self.path} is not a GGUF file: it does not begin with the letters GGUF. {there}"
+            )
         version = self.scalar(4)
         if version not in (2, 3):
             raise CheckpointError(

@@ -283,7 +283,7 @@ def _exportable(config: ModelConfig) -> dict[str, Any]:
         if mixer.type not in ("mamba1", "mamba2"):
             raise CheckpointError(
                 f"layer {index} is {mixer.type!r}. A Mamba folder holds mamba1 or mamba2 only; save the "
-                "model with save_pretrained instead."
+                "model with memzoo.save instead."
             )
         if mixer != first:
             raise CheckpointError(

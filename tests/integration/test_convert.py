@@ -560,6 +560,12 @@ def test_the_control_has_the_window_of_the_target(source: Path) -> None:
     assert control_plan(own).target == {"type": "sliding_window", "window_size": 5}
 
 
+def test_a_source_without_attention_is_refused() -> None:
+    mamba = ModelConfig(vocab_size=7, d_model=8, layers=[{"type": "mamba1"}])
+    with pytest.raises(ValueError, match="layer 0 of the source is 'mamba1', which has no heads"):
+        check_recipe(ConversionRecipe(), mamba)
+
+
 SHIPPED = [name.removeprefix("convert/") for name in configs.names() if name.startswith("convert/")]
 
 

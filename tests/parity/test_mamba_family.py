@@ -311,11 +311,13 @@ def test_what_the_config_of_transformers_cannot_mean_is_named(tmp_path, changes,
 
 def test_a_pickle_is_refused_with_the_way_on(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(OLD_CONFIG))
-    (tmp_path / "pytorch_model.bin").write_bytes(b"x")
+    (tmp_path / "pytorch_model.bin").write_bytes(b"x" * 64)
     with pytest.raises(
         CheckpointError, match=r"pytorch_model\.bin is a pickle file.*Convert it to safetensors"
     ):
         load_model(tmp_path)
+    with pytest.raises(CheckpointError, match=f"not a GGUF file.*Give its folder, '{tmp_path}'"):
+        load_model(tmp_path / "pytorch_model.bin")
 
 
 @pytest.mark.parametrize("layout", ["transformers", "state_spaces"])
@@ -357,7 +359,7 @@ def test_sizes_that_no_tensor_has_are_named(tmp_path):
 @pytest.mark.parametrize(
     ("layers", "changes", "message"),
     [
-        ([{"type": "mamba1"}, {"type": "base_conv"}], {}, "layer 1 is 'base_conv'"),
+        ([{"type": "mamba1"}, {"type": "base_conv"}], {}, "layer 1 is 'base_conv'.* with memzoo.save"),
         ([{"type": "mamba1"}, {"type": "mamba1", "d_state": 3}], {}, "layer 1 differs from layer 0"),
         ([{"type": "mamba1"}], {"mlp": {"type": "swiglu", "d_ff": 6}}, "without MLPs"),
         ([{"type": "mamba1"}], {"norm": "layer"}, "RMSNorm"),

@@ -243,6 +243,11 @@ def check_recipe(recipe: ConversionRecipe, source: ModelConfig, *, with_control:
         raise ValueError("the recipe converts no block. Give fewer blocks to keep, or leave layers out.")
     for index in layers:
         replaced = source.mixers[index].to_dict()
+        if "num_heads" not in replaced:
+            raise ValueError(
+                f"layer {index} of the source is {replaced['type']!r}, which has no heads of attention to "
+                "take over. Convert a model of attention, or name only such blocks in layers."
+            )
         for name in ("d_model", "num_heads", "head_dim"):
             if name in plan.target and recipe.target[name] != replaced.get(name):
                 raise ValueError(
