@@ -84,15 +84,20 @@ def conversion_table(argument: str, page: Path) -> str:
         if argument and not path.stem.startswith(tuple(argument.split())):
             continue
         results = record["results"]
-        books = list(next(iter(results["rows"].values()))["books"])
+        first = next(iter(results["rows"].values()))
+        books, asked = list(first["books"]), ["recall"] if "recall" in first else []
         rows = []
         for name, row in results["rows"].items():
             sizes = [readable(row["state_num_bytes"][str(n)], "B") for n in LENGTHS]
             perplexities = [f"{row['books'][book]['perplexity']:.2f}" for book in books]
-            rows.append(
-                [name, *perplexities, *sizes, f"{row['num_trained']:,}" if row["num_trained"] else ""]
-            )
-        header = ["model", *(f"perplexity, {book}" for book in books)]
+            recalls = [_share_with_error(row[key]) for key in asked]
+            num_trained = f"{row['num_trained']:,}" if row["num_trained"] else ""
+            rows.append([name, *perplexities, *recalls, *sizes, num_trained])
+        header = [
+            "model",
+            *(f"perplexity, {book}" for book in books),
+            *(f"{key} (std. error)" for key in asked),
+        ]
         header += [*(f"state at {n:,}" for n in LENGTHS), "trained numbers"]
         lines = [
             f"- {label}, {book}: {pair['mean']:+.4f} nats per token over {pair['num_pairs']} windows, "
@@ -109,6 +114,10 @@ def conversion_table(argument: str, page: Path) -> str:
             + provenance(path, record, page)
         )
     return _section("Measured", parts)
+
+
+def _share_with_error(recall: Mapping[str, Any]) -> str:
+    return f"{recall['accuracy']:.1%} ({recall['accuracy_standard_error']:.1%})"
 
 
 def kernel_table(argument: str, page: Path) -> str:

@@ -251,6 +251,8 @@ def test_measured_tables_come_from_records(
     }
     pair = {"mean": 0.0312, "num_pairs": 8, "confidence": 0.95, "t_low": 0.01, "t_high": 0.05}
     record("demo", {"rows": {"hybrid": row}, "differences": {"control - hybrid": {"emma": pair}}})
+    asked = {**row, "books": {}, "recall": {"accuracy": 0.8125, "accuracy_standard_error": 0.02}}
+    record("convert_asked", {"rows": {"hybrid": asked}, "differences": {"control - hybrid": {}}})
     timed = {"function": "window 64", "setting": {"tokens": 1024}, "median_ms": 3.25}
     left_out = {"function": "sdpa", "setting": {"tokens": 32768}, "skipped": "too large"}
     record("kernels", {"linear": [timed, left_out]})
@@ -296,11 +298,12 @@ def test_measured_tables_come_from_records(
     assert "| GGUF | float32 | `memzoo.load` | 2 MB | 2.1 MB | 1.05 | 1.50 |" in loading
     conversion = tool.TABLES["conversion"]("", page)
     assert "| hybrid | 33.33 | 10 B | 20 B | 30 B | 12,345 |" in conversion
+    assert "| hybrid | 81.2% (2.0%) | 10 B | 20 B | 30 B | 12,345 |" in conversion
     assert "control - hybrid, emma: +0.0312 nats per token over 8 windows" in conversion
     kernels = tool.TABLES["kernels"]("linear", page)
     assert "| window 64 | 1024 | 3.25 |" in kernels
     assert "| sdpa | 32768 | left out: too large |" in kernels
-    assert tool.TABLES["records"]("", page).count("\n") == 9
+    assert tool.TABLES["records"]("", page).count("\n") == 10
 
 
 def test_yaml_blocks_are_yaml() -> None:
