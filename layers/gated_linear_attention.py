@@ -281,15 +281,16 @@ class GatedLinearAttention(TokenMixer):
     def mix(self, x: Tensor, ctx: SequenceContext, state: GatedLinearAttentionState | None) -> LayerOutput:
         """Project, convolve, map; run the recurrence; normalise and gate."""
         q, k, v, tail = self._heads(x, ctx, None if state is None else state.tail)
+        keys = self.k_map(k)  # (B, T, G, K)
         g = None if self.decay is None else self.decay(x)  # (B, T, HV) or (B, T, HV, K)
         if g is not None:
             record("log_decay", g)
         out, memory = linear_attention(
             self.q_map(q),  # (B, T, H, K)
-            self.k_map(k),  # (B, T, G, K)
+            keys,
             v,
             g=g,
-            beta=None if self.beta is None else self.beta(x),  # (B, T, HV)
+            beta=None if self.beta is None else self.beta(x, keys),  # (B, T, HV)
             rule=self.config.rule,
             scale=self.q_map.scale,
             initial_state=None if state is None else LinearState(state.memory),

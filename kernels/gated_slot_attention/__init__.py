@@ -168,6 +168,6 @@ def _check(
             if tuple(x.shape) != expected or x.dtype != acc:
                 raise ValueError(
                     f"initial_state.{name} must have shape {expected} and dtype {acc}, got {tuple(x.shape)} "
-                    f"and {x.dtype}. Select the rows of the state that continue in this call."
+                    f"and {x.dtype}. Select the rows of the state that continue in this call, or convert it."
                 )
     return lengths

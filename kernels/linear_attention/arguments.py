@@ -89,7 +89,8 @@ def check_state(
         normalize and state.normalizer is not None and state.normalizer.dtype != acc
     ):
         raise ValueError(
-            f"the state of a call with {k.dtype} inputs must be {acc}, got {state.memory.dtype}."
+            f"the state of a call with {k.dtype} inputs must be {acc}, got {state.memory.dtype}. Convert it, "
+            "or start with initial_state=None."
         )
 
 

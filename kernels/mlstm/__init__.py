@@ -120,5 +120,6 @@ def _check_state(state: MLSTMState, q: Tensor, v: Tensor, num_sequences: int) ->
             )
         if part.dtype != acc:
             raise ValueError(
-                f"the state of a call with {q.dtype} inputs must be {acc}, got {name} {part.dtype}."
+                f"the state of a call with {q.dtype} inputs must be {acc}, got {name} {part.dtype}. "
+                "Convert it, or start with initial_state=None."
             )

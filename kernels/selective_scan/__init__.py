@@ -84,7 +84,7 @@ def selective_scan(
             raise ValueError(
                 f"initial_state must have shape {expected} = (sequences, channels, state) and be {acc}, got "
                 f"{tuple(initial_state.shape)} {initial_state.dtype}. Select the rows of the state that "
-                "continue in this call."
+                "continue in this call, or convert it."
             )
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}.")

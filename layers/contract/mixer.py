@@ -233,6 +233,12 @@ class TokenMixer(nn.Module):
                 "the state is of another mixer. Use state=None or mixer.init_state(batch_size) for an empty "
                 "memory."
             )
+        for name, tensor in state.named_tensors():
+            if tensor.dim() < 1 or tensor.shape[0] != state.batch_size:
+                raise ValueError(
+                    f"the state has {state.batch_size} rows, but {name} has the shape {tuple(tensor.shape)}: "
+                    "it was put together from several batches. Use state.select(rows) to keep some rows."
+                )
         given = _layout_of(state)
         if given != self._layout():
             wrong = _difference(given, self._layout(fresh=True), compare_slots=self._compare_slots)

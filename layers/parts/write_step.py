@@ -30,10 +30,24 @@ class WriteStep(nn.Module):
         """As all projections."""
         init_projections(self.proj)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (B, T, M) -> (B, T, H) float32, float64 for float64 activations."""
+    def forward(self, x: Tensor, keys: Tensor) -> Tensor:
+        """Steps of the tokens.
+
+        Args:
+            x: (B, T, M).
+            keys: (B, T, G, K) of length one but for rounding, H a multiple of G.
+
+        Returns:
+            (B, T, H) float32, float64 for float64 activations.
+        """
         logits = self.proj(x)
         beta = self.largest * torch.sigmoid(logits.to(torch.promote_types(logits.dtype, torch.float32)))
+        if self.largest > 1 and keys.dtype in (torch.bfloat16, torch.float16):
+            # with beta |k|^2 above 2, as for a long step and a key rounded up, a repeated token would let the
+            # memory grow without bound
+            square = keys.detach().float().square().sum(-1)  # (B, T, G)
+            most = 2 / square.repeat_interleave(beta.shape[2] // square.shape[2], 2)
+            beta = torch.minimum(beta, most)
         record("beta", beta)
         return beta
 

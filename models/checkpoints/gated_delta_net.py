@@ -128,10 +128,10 @@ def load_gated_delta_net(
     ours = _part_shapes(layer)
     for theirs, names in _LAYOUTS[layout].items():
         tensor = given[prefix + theirs].detach()
-        if tensor.dtype not in _FLOATS:
+        if tensor.dtype not in _FLOATS or tensor.layout != torch.strided:
             raise CheckpointError(
-                f"{where}: {prefix + theirs!r} has dtype {tensor.dtype}, expected one of "
-                f"{', '.join(map(str, _FLOATS))}."
+                f"{where}: {prefix + theirs!r} has dtype {tensor.dtype} and layout {tensor.layout}, expected "
+                f"a dense tensor of {', '.join(map(str, _FLOATS))}."
             )
         if names[0] in _CONVOLUTIONS:
             tensor = tensor.squeeze(1)  # (channels, C)

@@ -244,6 +244,10 @@ def test_whole_hybrids_are_refused_by_name(family, tmp_path):
         ({"conv1d.weight": torch.zeros(38, 3)}, r"has shape \(38, 3\), the config implies \(38, 1, 3\)"),
         ({"in_proj_qkvz.weight": torch.zeros(55, WIDTH)}, r"\(55, 10\), the config implies \(56, 10\)"),
         ({"A_log": torch.zeros(6, dtype=torch.int64)}, r"'p\.A_log' has dtype torch\.int64"),
+        (
+            {"A_log": torch.zeros(6).to_sparse()},
+            r"'p\.A_log' has .* layout torch\.sparse_coo, expected a dense",
+        ),
     ],
 )
 def test_wrong_weights_are_named(change, message):

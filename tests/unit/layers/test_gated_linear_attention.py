@@ -215,6 +215,24 @@ def test_a_preset_is_its_base_with_other_defaults() -> None:
     assert mixer_config({"type": "retnet", **values, "gate": "none"}).gate == "none"
 
 
+def test_steps_of_two_and_rounded_keys_keep_a_memory_bounded() -> None:
+    """One token again and again: its key is rounded to a length above one, and every step is 2 to the bit."""
+    mixer = build_mixer({"type": "delta_net", "d_model": 12, "num_heads": 3, "allow_neg_eigval": True})
+    mixer.conv.init_identity()
+    with torch.no_grad():
+        for proj in (mixer.q_proj, mixer.k_proj, mixer.v_proj):
+            proj.weight.normal_(generator=torch.Generator().manual_seed(1))
+        mixer.beta.proj.weight.fill_(10)
+    mixer = mixer.bfloat16()
+    x = torch.ones(1, 1, 12, dtype=torch.bfloat16).expand(1, 4095, 12)
+    seen = []
+    mixer.k_map.register_forward_hook(lambda *call: seen.append(call[2]))
+    early = mixer(x[:, :63], return_state=True).state.memory
+    late = mixer(x, return_state=True).state.memory
+    assert seen[0][0, -1].float().square().sum(-1).max() > 1.004  # the case is the one that it should be
+    assert late.abs().max() < 2 * early.abs().max()
+
+
 def test_presets_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("memzoo.layers.registry._MIXERS", dict(_MIXERS))
     register_preset("short_retnet", "retnet", {"conv_size": 2})

@@ -1,5 +1,7 @@
 """What a mixer says to a caller who made a mistake, the forms of input, and the probe."""
 
+import dataclasses
+
 import peft
 import pytest
 import torch
@@ -262,3 +264,12 @@ def test_probe_records_nothing_while_a_block_is_recomputed():
     with probe() as seen:
         torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False).sum().backward()
     assert len(seen["seen"]) == 1
+
+
+def test_a_state_put_together_from_two_batches_is_refused():
+    mixer = build_mixer({"type": "mamba3", "d_model": 8, "head_dim": 4})
+    x = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(0))
+    state = mixer(x, return_state=True).state
+    mixed = dataclasses.replace(state, value=state.value[:1])
+    with pytest.raises(ValueError, match=r"the state has 2 rows, but value has the shape \(1, 1, 4, 4\)"):
+        mixer(x, mixed)
