@@ -87,6 +87,7 @@ def retention(
     key_norm: bool = False,
     scope: str = "head",
     floor: float = 0.0,
+    threshold: float | None = None,
     interval: int = 1,
     prefill: Prefill | None = None,
 ) -> EvictionPolicy:
@@ -99,12 +100,18 @@ def retention(
         scope: "head": each has its budget; "layer", "global": the heads of a layer, or of all layers of a
             model, share theirs by what their gates say (the last is for models of transformers).
         floor: share of the budget that every head keeps then.
+        threshold: of the scope "global": tokens of which less than this is left go although there is room.
         interval, prefill: see `EvictionPolicy`; by default "grid", of the scope "global" "one_shot".
+
+    Raises:
+        ValueError: an unknown scope, or a threshold with another scope than "global".
     """
     check_choice("scope", scope, ("head", "layer", "global"))
     selector: Selector | None = None
     if scope != "head":
-        selector = GlobalBudget(floor) if scope == "global" else HeadAdaptive(floor)
+        selector = GlobalBudget(floor, threshold) if scope == "global" else HeadAdaptive(floor)
+    if threshold is not None and scope != "global":
+        raise ValueError(f"a threshold goes with the scope global, got {scope}. Leave one of them out.")
     return EvictionPolicy(
         scorer=Retention(age_offset, lookahead, key_norm),
         budget=budget,

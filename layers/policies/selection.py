@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -131,16 +132,23 @@ class GlobalBudget(Selector):
 
     Attributes:
         floor: share of the budget that every head keeps.
+        threshold: entries of a score below log(threshold) leave although there is room; None keeps them. With
+            retention gates it is what is left of a token.
 
     Raises:
-        ValueError: a floor outside [0, 1].
+        ValueError: a floor outside [0, 1], or a threshold outside (0, 1].
     """
 
     floor: float = 0.0
+    threshold: float | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.floor <= 1:
             raise ValueError(f"floor must lie in [0, 1], got {self.floor}. It is a share of the budget.")
+        if self.threshold is not None and not 0 < self.threshold <= 1:
+            raise ValueError(
+                f"threshold must lie in (0, 1], got {self.threshold}. It is what is left of a token."
+            )
 
     @property
     def spans_layers(self) -> bool:
@@ -167,6 +175,8 @@ class GlobalBudget(Selector):
         flat = torch.cat([layer.flatten(1) for layer in scores], dim=1)  # (B, entries of all layers)
         best = flat.argsort(dim=-1, descending=True, stable=True)[:, :pool]
         chosen = torch.zeros_like(flat, dtype=torch.bool).scatter(-1, best, True) & (flat > -torch.inf)
+        if self.threshold is not None:
+            chosen &= flat >= math.log(self.threshold)
         kept = []
         for layer, part, least in zip(
             scores, chosen.split([layer[0].numel() for layer in scores], dim=1), own, strict=True

@@ -1,5 +1,6 @@
 """One budget for all heads of all layers of a transformers model."""
 
+import math
 import re
 
 import pytest
@@ -153,6 +154,17 @@ def test_gates_share_the_budget_of_the_model(model):
         assert sum(found) == LAYERS * HEADS * BUDGET
         assert found == sorted(found)  # higher layers forget less
         assert found[0] < found[2]
+        limits = {"type": "retention", "scope": "global", "threshold": 0.5}
+        chosen = make_policy({**limits, "budget": 40})
+        _, cache = read(model, chosen, [prompt(PROMPT)])
+        for layer in cache.layers:  # what is less than half there is gone
+            entries = layer.state
+            age = PROMPT - entries.order
+            assert bool((entries.extra * age >= math.log(0.5))[entries.order > 0].all())
+        assert 0 < size(kept(cache)) < LAYERS * HEADS * PROMPT
+        with_floor = make_policy({**limits, "budget": BUDGET, "floor": 0.5})
+        _, cache = read(model, with_floor, [prompt(PROMPT)])
+        assert min(len(head) for layer in kept(cache) for head in layer) >= BUDGET // 2
         of_layers = make_policy(
             {"type": "retention", "budget": BUDGET, "scope": "layer", "prefill": "one_shot"}
         )
@@ -182,6 +194,11 @@ def test_a_second_prompt_sees_no_empty_slots(model, method, length):
     ("make", "words"),
     [
         (lambda: by_norm(1.5), "floor must lie in [0, 1]"),
+        (
+            lambda: make_policy({"type": "retention", "budget": 8, "threshold": 0.5}),
+            "a threshold goes with the scope global, got head",
+        ),
+        (lambda: GlobalBudget(threshold=0.0), "threshold must lie in (0, 1]"),
         (lambda: by_norm(0.5, recent=5), "has no room for 5 sinks and recent tokens"),
         (lambda: by_norm(share_layers=2), "shares one budget among all layers"),
         (
