@@ -263,7 +263,7 @@ def test_folders_of_the_original_code_with_an_old_config(tmp_path):
         ({"ssm_cfg": {"d_stat": 3}}, "unknown key 'd_stat'. Did you mean 'd_state'"),
         ({"ssm_cfg": {"d_state": "3"}}, "d_state must be an integer"),
         ({"ssm_cfg": {"bias": "no"}}, "use_bias must be true or false"),
-        ({"ssm_cfg": {"dt_min": "low"}}, "dt_min 'low'"),
+        ({"ssm_cfg": {"dt_min": "low"}}, "dt_min must be a number, got 'low'"),
         ({"ssm_cfg": [1]}, "expected a mapping"),
         ({"ssm_cfg": {"layer": "Mamba2", "rmsnorm": False}}, "rmsnorm=False"),
         ({"ssm_cfg": {"layer": "Mamba2", "headdim": 5}}, "head_dim must divide"),
