@@ -282,6 +282,42 @@ def soft_cache_table(argument: str, page: Path) -> str:
     return _section("Measured: soft cache size", parts)
 
 
+def fast_weight_table(argument: str, page: Path) -> str:
+    """Speed by chunk, time of a token and memory of training, from `fast_weights.json`."""
+    parts = []
+    for path, record in records("fast_weights.json"):
+        results, sizes = record["results"], record["config"]["sizes"]
+        speed = {(row["memory"], row["chunk"]): f"{row['tokens_per_s']:,.0f}" for row in results["speed"]}
+        steps = {(row["memory"], row["past"]): f"{row['median_ms']:.3g}" for row in results["decode"]}
+        names = dict.fromkeys(name for name, _ in speed)
+        rows = [
+            [
+                name,
+                *(speed.get((name, chunk), "") for chunk in sizes["chunks"]),
+                *(steps.get((name, past), "") for past in sizes["past"]),
+            ]
+            for name in names
+        ]
+        header = ["memory", *(f"chunk {chunk:,}" for chunk in sizes["chunks"])]
+        header += [f"ms per token after {past:,}" for past in sizes["past"]]
+        memory = {(row["chunks"], row["recompute"]): row["tensor_bytes"] for row in results["memory"]}
+        kept = [
+            [str(chunks), *(readable(memory[chunks, recompute], "B") for recompute in (False, True))]
+            for chunks in sizes["chunks_of_memory"]
+        ]
+        parts += [
+            f"Width {sizes['width']}, {sizes['heads']} heads, {sizes['tokens']:,} tokens in float32; "
+            f"titans-pytorch {results['peer']}. Tokens per second of forward and backward by chunk, and the "
+            "time of one decoded token:\n",
+            markdown(header, rows),
+            f"Tensors of a training step of `fast_weight_memory` (chunks of {sizes['memory_chunk']}):\n",
+            markdown(["chunks", "kept", "recomputed (default)"], kept)
+            + "\n"
+            + provenance(path, record, page),
+        ]
+    return _section("Measured: speed and memory by chunk", parts)
+
+
 def record_table(argument: str, page: Path) -> str:
     """All records that are there, with their commands."""
     rows = []
@@ -359,6 +395,7 @@ TABLES: dict[str, Callable[[str, Path], str]] = {
     "decoding": decode_table,
     "loading": loading_table,
     "conversion": conversion_table,
+    "fast_weights": fast_weight_table,
     "kernels": kernel_table,
     "soft_cache_size": soft_cache_table,
     "stateful": stateful_table,
