@@ -6,12 +6,12 @@
     python benchmarks/mixers.py --quick                                  to try the script
 
 One layer of width 512 with heads of 64 reads one sequence: forward, forward with the backward pass to input
-and weights, and one decoded token after short and long contexts, all in turns. Beside them (`PEERS`): the
-layers of transformers, with as many parameters as ours of the same name, and, between projections, the plain
-functions of flash-linear-attention where it can be imported (its layers need a GPU). What a layer cannot do
-within the limits of time and memory is named in the record with its reason. The recurrences of Mamba-2 and
-Gated DeltaNet are timed alone as well (`mixer_operations.py`). At the end the figures are held against what
-the project wants.
+and weights, and one decoded token after short and long contexts, all in turns. Beside them
+(`mixer_peers.py`): the layers of transformers, with as many parameters as ours of the same name, the
+projections of such layers alone, and, between projections, the plain functions of flash-linear-attention
+where it can be imported (its layers need a GPU). What a layer cannot do within the limits of time and memory
+is named in the record with its reason. The recurrences of Mamba-2 and Gated DeltaNet are timed alone as well
+(`mixer_operations.py`). At the end the figures are held against what the project wants.
 
 What belongs together, one length in one precision, is timed together and kept in `--runs`: a run that was
 stopped goes on there as long as the sources are the same.
@@ -19,8 +19,6 @@ stopped goes on there as long as the sources are the same.
 
 from __future__ import annotations
 
-import importlib
-import inspect
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -32,7 +30,7 @@ import common
 import mixer_operations
 import points
 import torch
-import torch.nn.functional as F
+from mixer_peers import PEERS, Projections
 from torch import Tensor, nn
 
 from memzoo.layers import TokenMixer, build_mixer, list_mixers
@@ -69,6 +67,8 @@ WANTED_AT_2K: dict[str, tuple[str, str, float]] = {
     "delta_net": (BASELINE, "bfloat16", 0.5),
     "mamba1": (BASELINE, "bfloat16", 0.2),
 }
+# whose projections are timed alone: what remains of the time is all that an implementation can change
+COMPARED = ("mamba2", "gated_delta_net")
 WANTED_OF_OPERATIONS = 3.0  # speed over the functions of transformers, 2,048 tokens
 WANTED_TOKENS_PER_SECOND = {"mamba1": 4000.0}  # float32, forward+backward, 2,048 tokens
 MOST_GROWTH = 4.4  # from 8k to 32k tokens
@@ -175,6 +175,7 @@ def subjects(width: int, head_dim: int, only: Sequence[str] | None) -> dict[str,
         for name in (BASELINE, *(n for n in simple if n != BASELINE))
     }
     known |= {name: partial(make, width, head_dim) for name, make in PEERS.items()}
+    known |= {f"projections of {name}": partial(_projections, name, width, head_dim) for name in COMPARED}
     for name in only or ():
         if name not in known:
             raise SystemExit(f"no mixer or peer {name!r}. Known: {', '.join(known)}.")
@@ -188,95 +189,10 @@ def _ours(name: str, width: int, head_dim: int) -> TokenMixer:
     return build_mixer({"type": name, "d_model": width, **heads, **SETTINGS.get(name, {})})
 
 
-class _Peer(nn.Module):
-    """A layer of transformers: called with (B, T, M) it returns (B, T, M)."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, x: Tensor) -> Tensor:
-        out = self.layer(x)
-        return out[0] if isinstance(out, tuple) else out
+def _projections(name: str, width: int, head_dim: int) -> Projections:
+    return Projections(_ours(name, width, head_dim), width)
 
 
-def _mamba(width: int, head_dim: int) -> nn.Module:
-    module = importlib.import_module("transformers.models.mamba.modeling_mamba")
-    config = module.MambaConfig(hidden_size=width, num_hidden_layers=1, vocab_size=8)
-    return _Peer(module.MambaMixer(config, layer_idx=0))
-
-
-def _mamba2(width: int, head_dim: int) -> nn.Module:
-    module = importlib.import_module("transformers.models.mamba2.modeling_mamba2")
-    config = module.Mamba2Config(
-        hidden_size=width,
-        num_heads=2 * width // head_dim,
-        head_dim=head_dim,
-        n_groups=1,
-        num_hidden_layers=1,
-        vocab_size=8,
-    )
-    return _Peer(module.Mamba2Mixer(config, layer_idx=0))
-
-
-def _gated_delta_net(width: int, head_dim: int) -> nn.Module:
-    module = importlib.import_module("transformers.models.qwen3_next.modeling_qwen3_next")
-    # its own function, also where flash-linear-attention is installed, which needs a GPU
-    vars(module)["torch_chunk_gated_delta_rule"] = inspect.unwrap(module.torch_chunk_gated_delta_rule)
-    heads = width // head_dim
-    config = module.Qwen3NextConfig(
-        hidden_size=width,
-        linear_num_key_heads=heads,
-        linear_num_value_heads=heads,
-        linear_key_head_dim=head_dim * 3 // 4,  # the paper's sizes, which are those of `gated_delta_net`
-        linear_value_head_dim=head_dim * 3 // 2,
-        num_hidden_layers=1,
-        num_attention_heads=heads,
-        num_key_value_heads=heads,
-        vocab_size=8,
-    )
-    return _Peer(module.Qwen3NextGatedDeltaNet(config, layer_idx=0))
-
-
-class _PlainFunction(nn.Module):
-    """Projections around a plain function of flash-linear-attention."""
-
-    def __init__(self, width: int, head_dim: int, key_dim: int, value_dim: int, *, is_delta: bool) -> None:
-        super().__init__()
-        self.num_heads, self.is_delta = width // head_dim, is_delta
-        self.widths = [self.num_heads * size for size in (key_dim, key_dim, value_dim)]
-        self.in_proj = nn.Linear(width, sum(self.widths) + 2 * self.num_heads * is_delta, bias=False)
-        self.o_proj = nn.Linear(self.widths[2], width, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v, *gates = self.in_proj(x).split(self.widths + [self.num_heads] * (2 * self.is_delta), dim=-1)
-        q, k, v = (part.unflatten(-1, (self.num_heads, -1)) for part in (q, k, v))
-        if self.is_delta:
-            function = importlib.import_module("fla.ops.gated_delta_rule.naive").naive_chunk_gated_delta_rule
-            g, beta = -F.softplus(gates[0].float()), gates[1].sigmoid()
-            out, _ = function(F.normalize(q, dim=-1), F.normalize(k, dim=-1), v, g, beta)
-        else:
-            out = importlib.import_module("fla.ops.linear_attn.naive").naive_chunk_linear_attn(q, k, v)
-        return self.o_proj(out.to(x.dtype).flatten(-2))
-
-
-def _plain_linear(width: int, head_dim: int) -> nn.Module:
-    importlib.import_module("fla.ops.linear_attn.naive")
-    return _PlainFunction(width, head_dim, head_dim, head_dim, is_delta=False)
-
-
-def _plain_delta(width: int, head_dim: int) -> nn.Module:
-    importlib.import_module("fla.ops.gated_delta_rule.naive")
-    return _PlainFunction(width, head_dim, head_dim * 3 // 4, head_dim * 3 // 2, is_delta=True)
-
-
-PEERS: dict[str, Callable[[int, int], nn.Module]] = {
-    "transformers Mamba": _mamba,
-    "transformers Mamba-2": _mamba2,
-    "transformers Gated DeltaNet": _gated_delta_net,
-    "fla plain linear attention": _plain_linear,
-    "fla plain gated delta rule": _plain_delta,
-}
 # Its backward pass takes time quadratic in T: 14 s for 512 tokens.
 LONGEST = {("transformers Mamba", "forward+backward"): 256}
 
@@ -347,12 +263,11 @@ def _at_length(
                 rows.append(
                     {"mixer": name, "dtype": dtype, "tokens": length, "mode": mode, "skipped": reason}
                 )
-        # long calls need no warm-up, which the shorter ones were
         times = common.time_interleaved(
             calls,
             device=device,
             budget_s=options.budget,
-            warmup=0 if before and length > 2048 else 1,
+            warmup=1,
             min_repeats=2,
             max_repeats=12,
         )

@@ -245,9 +245,9 @@ class Mamba3(Float32Parameters, TokenMixer):
         # in float64: the sum of thousands of steps would lose the angle in float32
         turns = (delta[..., None] * (math.pi * torch.tanh(angle))[:, :, None]).double()  # (B, T, H, R)
         phi = _angles(turns, state.angle, ctx)
-        cos, sin = (part.to(wide) for part in (phi.cos(), phi.sin()))
+        turn = torch.complex(phi.cos().to(wide), phi.sin().to(wide))
         query, key = (
-            _rotate(self._heads(coefficient, bias, wide), cos, sin).to(x.dtype)
+            self._rotated_heads(coefficient.to(wide), bias.to(wide), turn).to(x.dtype)
             for coefficient, bias in ((read, self.C_bias), (write, self.B_bias))
         )  # (B, T, H, N)
         decay, first = delta * rates, trap * delta  # (B, T, H) log-decay, weight of the first write
@@ -304,10 +304,25 @@ class Mamba3(Float32Parameters, TokenMixer):
             },
         )
 
-    def _heads(self, coefficient: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
-        """(B, T, G, N) to (B, T, H, N), with the bias of each head."""
-        repeats = self.config.num_heads // self.config.num_groups
-        return coefficient.to(dtype).repeat_interleave(repeats, 2) + bias.squeeze(1).to(dtype)
+    def _rotated_heads(self, coefficient: Tensor, bias: Tensor, turn: Tensor) -> Tensor:
+        """Adds the bias of each head and turns neighbouring pairs of numbers; the rest stays as it is.
+
+        Args:
+            coefficient: (B, T, G, N).
+            bias: (H, 1, N).
+            turn: (B, T, H, R) complex, of length 1.
+
+        Returns:
+            (B, T, H, N).
+        """
+        bias = bias.view(self.config.num_groups, -1, self.config.d_state)  # (G, H / G, N)
+        width = 2 * turn.shape[-1]
+        pairs, rest = (
+            (coefficient[:, :, :, None, part] + bias[..., part]).flatten(2, 3)
+            for part in (slice(width), slice(width, None))
+        )  # (B, T, H, 2 R), (B, T, H, N - 2 R)
+        turned = torch.view_as_real(torch.view_as_complex(pairs.unflatten(-1, (-1, 2))) * turn)
+        return torch.cat([turned.flatten(-2), rest], -1)
 
 
 def _angles(turns: Tensor, start: Tensor, ctx: SequenceContext) -> Tensor:
@@ -318,14 +333,6 @@ def _angles(turns: Tensor, start: Tensor, ctx: SequenceContext) -> Tensor:
         parts = [begin + part.cumsum(0) for part, begin in zip(ctx.split(turns), start, strict=True)]
         phi = ctx.merge(parts)
     return torch.remainder(phi, 2 * math.pi)
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns neighbouring pairs of the last dimension by angles (..., R); the rest stays as it is."""
-    num_rotated = 2 * cos.shape[-1]
-    even, odd = x[..., :num_rotated:2], x[..., 1:num_rotated:2]  # (..., R) each
-    turned = torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1)
-    return torch.cat([turned.flatten(-2), x[..., num_rotated:]], -1)
 
 
 def _shift(x: Tensor, before: Tensor, ctx: SequenceContext) -> tuple[Tensor, Tensor]:

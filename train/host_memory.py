@@ -9,7 +9,7 @@ from contextlib import contextmanager
 # options of mallopt(3) in glibc, and their defaults
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4
 _DEFAULTS = {_TRIM_THRESHOLD: 128 << 10, _MMAP_MAX: 65536}
-_KEEP = {_TRIM_THRESHOLD: 2**31 - 1, _MMAP_MAX: 0}
+_KEEP = {_TRIM_THRESHOLD: -1, _MMAP_MAX: 0}  # -1: never
 
 
 @contextmanager

@@ -136,6 +136,16 @@ def test_every_mixer_but_sums_and_chains_is_timed() -> None:
             made[name]()
 
 
+def test_projections_alone_are_the_large_matrices_of_a_layer() -> None:
+    import mixers
+
+    for name in mixers.COMPARED:
+        layer, alone = mixers._ours(name, 128, 32), mixers._projections(name, 128, 32)
+        sizes = [sum(weight.numel() for weight in module.parameters()) for module in (alone, layer)]
+        assert 0.97 * sizes[1] < sizes[0] <= sizes[1]
+        assert alone(torch.randn(1, 3, 128)).shape == (1, 3, 128)
+
+
 def test_an_unknown_name_is_an_error() -> None:
     import mixers
 
