@@ -21,7 +21,15 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
 from ..layers.contract import State
-from ..layers.policies import EvictionPolicy, LayerMemory, Observation, Place, PolicyState, make_policy
+from ..layers.policies import (
+    EvictionPolicy,
+    FlatState,
+    LayerMemory,
+    Observation,
+    Place,
+    PolicyState,
+    make_policy,
+)
 
 # Dimensions: B batch rows, T tokens of a call, H query heads, G key/value heads, D head width, C entries
 
@@ -42,8 +50,7 @@ class PolicyCacheLayer(CacheLayerMixin):
         num_layers: of the model.
         rotation: rotary frequencies, for policies that rerotate.
 
-    Attributes:
-        state: what is held, one row per sequence; None before the first token.
+    Where heads may hold unequal numbers of entries, they are kept one behind the other between two calls.
     """
 
     is_sliding = False
@@ -54,7 +61,7 @@ class PolicyCacheLayer(CacheLayerMixin):
         super().__init__()
         self.policy, self.index, self.num_layers = policy, index, num_layers
         self.rotation = rotation
-        self.state: PolicyState | None = None
+        self._held: PolicyState | FlatState | None = None
         self.num_columns = 0  # of input, padding included, as transformers counts
         self.has_padding = False
         self.extra: Tensor | None = None  # (B, T, G) of the tokens of the current call
@@ -62,6 +69,19 @@ class PolicyCacheLayer(CacheLayerMixin):
         self.is_attached = False
         self.leader: PolicyCacheLayer | None = None  # whose choice of tokens this layer follows
         self.pending: list[tuple[Tensor, Place]] = []  # queries of prompts that wait for their budgets
+
+    @property
+    def state(self) -> PolicyState | None:
+        """What is held, one row per sequence; None before the first token."""
+        return self._held.padded() if isinstance(self._held, FlatState) else self._held
+
+    @state.setter
+    def state(self, state: PolicyState | None) -> None:
+        self._held = FlatState.of(state) if state is not None and self.policy.is_ragged else state
+
+    def num_bytes(self) -> int:
+        """Bytes of what is held."""
+        return 0 if self._held is None else self._held.num_bytes()
 
     # ------------------------------------------------------------------ what transformers asks for
 
@@ -103,23 +123,27 @@ class PolicyCacheLayer(CacheLayerMixin):
         self.is_initialized = False
 
     def offload(self) -> None:
-        if self.state is not None:
-            self.state = self.state.to("cpu")
+        state = self.state
+        if state is not None:
+            self.state = state.to("cpu")
 
     def prefetch(self) -> None:
-        if self.state is not None:
-            self.state = self.state.to(self.device)
+        state = self.state
+        if state is not None:
+            self.state = state.to(self.device)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.batch_select_indices(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        if self.state is not None:
-            self.state = self.state.select(indices)
+        state = self.state
+        if state is not None:
+            self.state = state.select(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        if self.state is not None:
-            self.state = self.state.select(torch.arange(self.state.batch_size).repeat_interleave(repeats))
+        state = self.state
+        if state is not None:
+            self.state = state.select(torch.arange(state.batch_size).repeat_interleave(repeats))
 
     def crop(self, tokens_to_remove: int) -> None:
         """Refused: what was evicted cannot come back.
@@ -146,21 +170,21 @@ class PolicyCacheLayer(CacheLayerMixin):
             scale: factor of the logits.
             base: attention of the model itself over given keys and values (B, S, G, D).
         """
-        batch, length = q.shape[:2]
+        (batch, length), state = q.shape[:2], self.state
         place = Place(
             scale=scale,
             layer=self.index,
             num_layers=self.num_layers,
             rotation=self.rotation,
-            is_deferred=self.policy.is_shared or (self.policy.allocator.needs_stats and self.state is None),
+            is_deferred=self.policy.is_shared or (self.policy.allocator.needs_stats and state is None),
         )
-        if self.state is None:
+        if state is None:
             lengths = [length] * batch if real is None else [int(n) for n in real.sum(-1)]
-            self.state = self._empty(q, k, v, lengths)
+            state = self._empty(q, k, v, lengths)
         had_padding, self.has_padding = self.has_padding, self.has_padding or real is not None
         self.num_columns += length
         needs_rows = place.is_deferred and not self.policy.is_shared
-        memories = self._memories(self.state, by_row=real is not None or needs_rows)
+        memories = self._memories(state, by_row=real is not None or needs_rows)
         out = None
         if self._fits(memories, length, had_padding, real):
             # nothing is evicted before the output is there: the model's own attention, to the bit
@@ -173,13 +197,15 @@ class PolicyCacheLayer(CacheLayerMixin):
 
     def memories(self) -> list[LayerMemory]:
         """Working forms of the rows, grouped as `pending` is."""
-        assert self.state is not None
-        return self._memories(self.state, by_row=len(self.pending) == self.state.batch_size)
+        state = self.state
+        assert state is not None
+        return self._memories(state, by_row=len(self.pending) == state.batch_size)
 
     def settle(self, row: int, budget: int) -> None:
         """Gives a row its budget, and compresses it after a prompt that was read with all layers."""
-        assert self.state is not None
-        memories = self._memories(self.state, by_row=True)
+        state = self.state
+        assert state is not None
+        memories = self._memories(state, by_row=True)
         queries, place = self.pending[row]
         memory = replace(memories[row], budget=budget)
         if queries.shape[1] > 1:
@@ -189,8 +215,9 @@ class PolicyCacheLayer(CacheLayerMixin):
 
     def stats(self, row: int) -> Tensor:
         """What the layer tells the allocator about a row's prompt."""
-        assert self.state is not None
-        memory = self._memories(self.state, by_row=True)[row]
+        state = self.state
+        assert state is not None
+        memory = self._memories(state, by_row=True)[row]
         queries, place = self.pending[row]
         assert place.scale is not None
         obs = Observation(memory.num_seen, place.scale, queries, queries.shape[1])
@@ -224,6 +251,7 @@ class PolicyCacheLayer(CacheLayerMixin):
     ) -> tuple[Tensor, list[LayerMemory]]:
         """Groups of equal rows at once, others one by one; padding is left out and its output is zero."""
         out = q.new_zeros(*q.shape[:3], v.shape[-1])
+        leader = None if self.leader is None else self.leader.state
         after: list[LayerMemory] = []
         self.pending = []
         start = 0
@@ -233,8 +261,8 @@ class PolicyCacheLayer(CacheLayerMixin):
             columns: Any = slice(None) if real is None else real[rows][0].nonzero().squeeze(-1)
             tokens = [x[rows][:, columns] for x in (q, k, v)]
             extra, ends = (None if x is None else x[rows][:, columns] for x in (self.extra, self.ends))
-            if self.leader is not None and self.leader.state is not None:
-                place = replace(place, leader=self.leader.state.order[rows].transpose(1, 2))
+            if leader is not None:
+                place = replace(place, leader=leader.order[rows].transpose(1, 2))
             if has_output:
                 memory = self.policy.absorb(memory, *tokens, extra=extra, ends=ends, place=place)
             else:
@@ -364,7 +392,7 @@ class PolicyCache(Cache):
         total = 0
         for layer in self.layers:
             if isinstance(layer, PolicyCacheLayer):
-                total += 0 if layer.state is None else layer.state.num_bytes()
+                total += layer.num_bytes()
             elif layer.is_initialized:
                 total += layer.keys.nbytes + layer.values.nbytes
         return total
@@ -376,11 +404,12 @@ class PolicyCache(Cache):
             ValueError: the layer is not bounded, or nothing has been read.
         """
         chosen = self.layers[layer]
-        if not isinstance(chosen, PolicyCacheLayer) or chosen.state is None:
+        state = chosen.state if isinstance(chosen, PolicyCacheLayer) else None
+        if state is None:
             raise ValueError(
                 f"layer {layer} holds no chosen entries. Read a prompt first, and name a bounded layer."
             )
-        return chosen.state.order.transpose(1, 2).long() - 1
+        return state.order.transpose(1, 2).long() - 1
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes what is held as a safetensors file, so that a prompt need not be read again.
@@ -388,7 +417,7 @@ class PolicyCache(Cache):
         Raises:
             ValueError: nothing has been read, or some layers are not bounded.
         """
-        states = [layer.state for layer in self.bounded if layer.state is not None]
+        states = [state for layer in self.bounded if (state := layer.state) is not None]
         if len(states) != len(self.layers):
             raise ValueError(
                 f"{len(states)} of {len(self.layers)} layers hold something that can be saved. Read a prompt "

@@ -11,6 +11,7 @@ from .budgets import (
 )
 from .dropping import h2o, key_norm, keydiff, pyramidkv, snapkv, streaming_llm, tova
 from .entries import Entries, LayerMemory, PolicyState
+from .flat import FlatState
 from .keeping import (
     arkv,
     compresskv,
@@ -53,6 +54,7 @@ __all__ = [
     "ErrorAwareBudget",
     "EvictionPolicy",
     "FewerChannels",
+    "FlatState",
     "GlobalBudget",
     "GroupedArithmeticBudget",
     "HeadAdaptive",

@@ -173,6 +173,10 @@ class EvictionPolicy:
         """The most entries that one head may keep."""
         return budget if self.selector is None else self.selector.width(budget, num_groups, num_layers)
 
+    def mean_width(self, budget: int) -> int:
+        """The most entries that heads keep on average."""
+        return budget if self.selector is None else self.selector.mean_width(budget)
+
     def _check_shared(self) -> None:
         if self.prefill == "grid":
             raise ValueError(

@@ -49,6 +49,10 @@ class Selector:
         """The most entries that one head may keep."""
         raise NotImplementedError(f"{type(self).__name__} does not implement width")
 
+    def mean_width(self, budget: int) -> int:
+        """The most entries that heads keep on average."""
+        return budget
+
     def keep(self, scores: Tensor, entries: Entries, budget: int) -> Tensor:
         """(B, G, C) True where an entry stays.
 
@@ -104,6 +108,9 @@ class WholeWindows(Selector):
     suffix: int = 32
 
     def width(self, budget: int, num_groups: int, num_layers: int = 1) -> int:
+        return self.mean_width(budget)
+
+    def mean_width(self, budget: int) -> int:
         return budget + self.suffix
 
     def keep(self, scores: Tensor, entries: Entries, budget: int) -> Tensor:

@@ -24,9 +24,9 @@ def kv_bytes(
 ) -> int:
     """Bytes of the cache of one sequence after a prompt, counters included.
 
-    Exact where every head holds equally many entries. Where the choice decides how many (head-adaptive
-    budgets, runs, whole windows) it is the most that a cache can hold; where budgets follow from the prompt,
-    that of their average.
+    Exact where the budget alone says how many entries stay, head by head or together. Where the choice does
+    (runs, whole windows, a threshold) it is the most that a cache can hold; where budgets follow from the
+    prompt, that of their average.
 
     Args:
         config: of a transformers model: `num_hidden_layers`, `num_attention_heads`, `num_key_value_heads`,
@@ -47,7 +47,7 @@ def kv_bytes(
     total = len(skipped) * full // num_layers
     for index, budget in enumerate(budgets):
         if index not in skipped:
-            slots = policy.width(budget, groups, num_layers)
+            slots = policy.mean_width(budget)
             total += _layer_bytes(policy, budget, slots, num_tokens, heads, groups, width, dtype)
     return total
 
@@ -69,6 +69,8 @@ def _layer_bytes(
     entry += wide * (scorer.accumulates + scorer.has_extra)
     entry += 4 * ((policy.merger is not None) + (policy.lookup is not None))
     beside = 16 + scorer.window * heads * width * dtype.itemsize
+    if policy.is_ragged:
+        beside += 4 * groups
     if policy.merger is not None and policy.merger.has_threshold:
         beside += wide
     if policy.lookup is not None:

@@ -98,7 +98,7 @@ def test_the_best_of_all_layers_stay(model, floor, recent):
     assert size(found) == LAYERS * HEADS * BUDGET
     lengths = [len(head) for layer in found for head in layer]
     assert max(lengths) > BUDGET > min(lengths) >= max(recent, int(BUDGET * floor))
-    assert cache.memory_bytes() <= kv_bytes(CONFIG, PROMPT, policy)
+    assert cache.memory_bytes() == kv_bytes(CONFIG, PROMPT, policy)
 
 
 def test_single_tokens_push_out_the_worst_of_all_layers(model):
