@@ -10,7 +10,7 @@ from typing import Any
 
 from .command_parts import check_output, model_place, say_waiting
 
-RESULTS = ("hybrid", "control", "unaligned", "report.json")
+RESULTS = ("hybrid", "control", "unaligned", "gates", "report.json")
 
 
 def convert(
@@ -24,6 +24,7 @@ def convert(
     window_size: int = 1024,
     seed: int | None = None,
     steps: dict[str, int] | None = None,
+    loss: dict[str, dict[str, float]] | None = None,
     accelerator: str = "auto",
     guide: str | None = None,
     teacher_cache: str | None = None,
@@ -37,8 +38,8 @@ def convert(
 
     Args:
         source: folder of a Llama-style model, a .gguf file, or "smollm2-135m" (fetched once into the cache).
-        output: folder for the results: `hybrid/` (and `control/`) as Hugging Face folders, `report.json` and
-            `index.html`.
+        output: folder for the results: `hybrid/` (and `control/`) as Hugging Face folders, `gates/` with the
+            retention gates alone where it has some, `report.json` and `index.html`.
         recipe: name of a shipped recipe (configs/convert) or a YAML file.
         control: also train the control, a window with the same sinks, budget, tokens and seed but no memory.
         ablations: also measure the hybrid after each stage, and train it without its alignment.
@@ -47,6 +48,7 @@ def convert(
         window_size: tokens of each; every window starts with an empty memory.
         seed: replaces the seed of the recipe.
         steps: replaces the steps of stages, for example {align: 10, tune: 60}.
+        loss: replaces weights of losses of stages, for example {gates: {capacity: 0}}; the others stay.
         accelerator: where to train, as Lightning names it.
         guide: a larger model with the same tokenizer, whose distribution end-to-end stages learn (`kl`); by
             default the source itself.
@@ -57,6 +59,7 @@ def convert(
             anew.
     """
     from ..models.checkpoints.folder import load_model, read_model_config
+    from ..models.conversion import gate_weights, save_gates
     from ..models.hf import save_model
     from ..records import (
         current_command,
@@ -85,7 +88,7 @@ def convert(
     from .evaluate import window_starts
     from .report_page import render_page
 
-    chosen = read_recipe(recipe, seed=seed, steps=steps)
+    chosen = read_recipe(recipe, seed=seed, steps=steps, loss=loss)
     check_accelerator(accelerator)
     if not save_seconds >= 0:
         raise ValueError(f"save_seconds must be at least 0, got {save_seconds}.")
@@ -132,6 +135,8 @@ def convert(
             _drop_results(folder)
         if name in ("hybrid", "control"):
             save_model(conversion.model, folder / name, tokenizer)
+        if name == "hybrid" and gate_weights(conversion.model):
+            save_gates(conversion.model, folder / "gates", base=Path(source).resolve().name)
 
     say_waiting("reading the training text and the weights")
     with _storage(folder), claimed(folder):
@@ -210,5 +215,6 @@ def _drop_results(folder: Path) -> None:
 
     for name in ("report.json", "index.html"):
         (folder / name).unlink(missing_ok=True)
-    if (folder / "control" / MANIFEST_NAME).is_file():
-        shutil.rmtree(folder / "control")
+    for name in ("control", "gates"):
+        if (folder / name / MANIFEST_NAME).is_file():
+            shutil.rmtree(folder / name)

@@ -28,7 +28,7 @@ from memzoo import configs
 from memzoo.cli import main
 from memzoo.models.checkpoints import folder as folder_reader
 from memzoo.models.config import ModelConfig
-from memzoo.models.conversion import ConversionPlan, convert_mixers, memory_off
+from memzoo.models.conversion import ConversionPlan, convert_mixers, gate_weights, load_gates, memory_off
 from memzoo.models.decoder import MemoryLM
 from memzoo.models.hf import save_model
 from memzoo.train.conversion.comparison import Row, comparison_results, comparison_table
@@ -759,6 +759,35 @@ def test_batches_may_be_accumulated_and_blocks_run_again(source: Path, tmp_path:
         assert one.stages[0].history["loss"][0] == pytest.approx(
             sum(two.stages[0].history["loss"][:2]) / 2, rel=1e-2
         )
+
+
+def test_weights_of_losses_are_replaced_by_name() -> None:
+    recipe = read_recipe("trimkv", loss={"gates": {"kl": 0, "ce": 1.0}})
+    assert recipe.all_stages[0].loss == {"kl": 0, "ce": 1.0, "capacity": 1.0}
+    for loss, message in (
+        ({"gate": {"kl": 1}}, "no stage 'gate'. Did you mean 'gates'"),
+        ({"gates": {"klo": 1}}, "unknown loss 'klo'. Did you mean 'kl'"),
+        ({"gates": {"kl": 0, "ce": 0, "capacity": 0}}, "all weights of its losses are 0"),
+        ({"gates": 3}, "losses must be a mapping, got 3"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            read_recipe("trimkv", loss=loss)  # type: ignore[arg-type]
+
+
+def test_gates_are_written_alone(source: Path, tmp_path: Path) -> None:
+    losses = "{kl: 0.5, ce: 0.5, capacity: 1.0}"
+    text = stage(f"{{name: gates, loss: {losses}, train: new, seq_len: 24, budget: 4, steps: 1}}")
+    recipe = "target: {type: gated_attention, gate_width: 4, train_length: 24}\n" + text
+    (tmp_path / "gates.yaml").write_text(recipe, encoding="utf-8")
+    given = ["--source", str(source), "--output", str(tmp_path), "--recipe", str(tmp_path / "gates.yaml")]
+    options = ["--control", "false", "--books", "[]", "--loss", "{gates: {capacity: 0}}"]
+    assert main(["convert", *given, *options]) == 0
+    gated = folder_reader.load_model(tmp_path / "hybrid")
+    loaded = load_gates(folder_reader.load_model(source), tmp_path / "gates")
+    for name, weight in gate_weights(gated).items():
+        assert torch.equal(gate_weights(loaded)[name], weight)
+    used = json.loads((tmp_path / "report.json").read_text())["config"]["stages"][0]["loss"]
+    assert used == {"kl": 0.5, "ce": 0.5, "capacity": 0}
 
 
 def test_steps_of_stages_are_replaced_by_name() -> None:

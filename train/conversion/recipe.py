@@ -170,12 +170,19 @@ def shown_recipe(recipe: ConversionRecipe) -> dict[str, Any]:
     return plain
 
 
-def read_recipe(name: str, *, steps: Mapping[str, int] | None = None, **changes: Any) -> ConversionRecipe:
+def read_recipe(
+    name: str,
+    *,
+    steps: Mapping[str, int] | None = None,
+    loss: Mapping[str, Mapping[str, float]] | None = None,
+    **changes: Any,
+) -> ConversionRecipe:
     """A shipped recipe by name, or one from a YAML file.
 
     Args:
         name: of the recipe or the file.
         steps: stage -> number of steps, in place of those of the recipe.
+        loss: stage -> loss -> weight, in place of those of the recipe; losses not named keep theirs.
         changes: fields to replace; None leaves a field as it is.
 
     Raises:
@@ -198,7 +205,7 @@ def read_recipe(name: str, *, steps: Mapping[str, int] | None = None, **changes:
         raise ValueError(f"{name} must hold a mapping of recipe fields, got {type(values).__name__}.")
     wanted = {key: value for key, value in changes.items() if value is not None}
     recipe: ConversionRecipe = _from_mapping(ConversionRecipe, {**values, **wanted}, f"recipe {name}")
-    return with_steps(recipe, steps or {})
+    return with_losses(with_steps(recipe, steps or {}), loss or {})
 
 
 def with_steps(recipe: ConversionRecipe, steps: Mapping[str, int]) -> ConversionRecipe:
@@ -207,14 +214,33 @@ def with_steps(recipe: ConversionRecipe, steps: Mapping[str, int]) -> Conversion
     Raises:
         ValueError: a stage that the recipe does not have.
     """
+    return _with_stages(recipe, {name: {"steps": number} for name, number in steps.items()})
+
+
+def with_losses(recipe: ConversionRecipe, loss: Mapping[str, Mapping[str, float]]) -> ConversionRecipe:
+    """The recipe with other weights of some losses in some stages; a weight of 0 leaves a loss out.
+
+    Raises:
+        ValueError: a stage that the recipe does not have, an unknown loss, or an impossible weight.
+    """
+    own = {stage.name: stage.loss for stage in recipe.all_stages}
+    for name, weights in loss.items():
+        if not isinstance(weights, Mapping):
+            raise ValueError(
+                f"stage {name!r}: losses must be a mapping, got {weights!r}. Write {{{name}: {{kl: 1.0}}}}."
+            )
+    return _with_stages(
+        recipe, {name: {"loss": {**own.get(name, {}), **weights}} for name, weights in loss.items()}
+    )
+
+
+def _with_stages(recipe: ConversionRecipe, changes: Mapping[str, Mapping[str, Any]]) -> ConversionRecipe:
+    """The recipe with fields of some stages replaced."""
     names = [stage.name for stage in recipe.all_stages]
-    for name in steps:
+    for name in changes:
         if name not in names:
             raise ValueError(f"the recipe has no stage {name!r}. {suggest(str(name), names)}")
-    stages = [
-        replace(stage, steps=steps[stage.name]) if stage.name in steps else stage
-        for stage in recipe.all_stages
-    ]
+    stages = [replace(stage, **changes.get(stage.name, {})) for stage in recipe.all_stages]
     return replace(recipe, stages=stages)
 
 
