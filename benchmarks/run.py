@@ -4,8 +4,9 @@
     python benchmarks/run.py --only decode    one of them
     python benchmarks/run.py --quick          all in their small form, to try the scripts
 
-Every script of this folder that can be started is a benchmark, except this one and `gpu_check.py`, which
-`make gpu-check` runs. The exit code is 1 when one of them failed; the others are run all the same.
+Every script of this folder that can be started is a benchmark, except this one, `gpu_check.py`, which
+`make gpu-check` runs, and `kvpress_peer.py`, which belongs in another environment. The exit code is 1 when
+one of them failed; the others are run all the same.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent
-NOT_BENCHMARKS = ("gpu_check", "run")
+NOT_BENCHMARKS = ("gpu_check", "kvpress_peer", "run")
 
 
 def benchmarks() -> dict[str, Path]:

@@ -282,6 +282,64 @@ def soft_cache_table(argument: str, page: Path) -> str:
     return _section("Measured: soft cache size", parts)
 
 
+def policy_table(argument: str, page: Path) -> str:
+    """Bounded caches from `policies.json`: `quality`, `kvpress` or `decoding`."""
+    parts = []
+    for path, record in records("policies.json"):
+        results = record["results"]
+        measured = results.get(argument, [])
+        if not measured:
+            continue
+        figures = ["perplexity", "nats above full", "asked", "later", "bytes"]
+        if argument == "decoding":
+            header = ["cache", "tokens read", "ms per token (median)", "mean", "bytes"]
+            rows = [
+                [
+                    f"`{row['policy']}`",
+                    f"{row['tokens']:,}",
+                    f"{row['median_ms']:.2f}",
+                    f"{row['mean_ms']:.2f}",
+                    readable(row["bytes"], "B"),
+                ]
+                for row in measured
+            ]
+        elif argument == "kvpress":
+            header = ["rule", "budget", "library", *figures]
+            rows = [
+                [row["case"], f"{row['share']:.0%}", library, *_policy_cells(row[library])]
+                for row in measured
+                for library in ("kvpress", "memzoo")
+                if row[library] is not None
+            ]
+        else:
+            header = ["policy", "budget", *figures]
+            rows = [[row["case"], f"{row['share']:.0%}", *_policy_cells(row)] for row in measured]
+        intro = "" if argument == "decoding" else _policy_intro(measured[0], record["config"])
+        parts.append(intro + markdown(header, rows) + "\n" + provenance(path, record, page))
+    titles = {"quality": "quality", "kvpress": "beside kvpress", "decoding": "decoding"}
+    return _section(f"Measured: {titles[argument]}", parts)
+
+
+def _policy_intro(row: Mapping[str, Any], config: Mapping[str, Any]) -> str:
+    found = row.get("memzoo", row)
+    versions = config["peers"].get("versions", {})
+    beside = ", ".join(f"{name} {version}" for name, version in versions.items() if name != "torch")
+    text = (
+        f"{found['num_texts']} texts and {found['num_needles']} needles, contexts of {config['context']} "
+        "tokens; in brackets standard errors, those of the nats above the full cache of paired differences."
+    )
+    return text + (f" Beside: {beside}.\n\n" if "memzoo" in row else "\n\n")
+
+
+def _policy_cells(row: Mapping[str, Any]) -> list[str]:
+    """Perplexity, loss above that of the full cache, needles asked and later, bytes."""
+    cells = ["" if row["perplexity"] is None else f"{row['perplexity']:.2f}"]
+    for key, form in (("above_full", ".4f"), ("asked", ".1%"), ("later", ".1%")):
+        found = row[key]
+        cells.append("" if found is None else f"{found['mean']:{form}} ({found['standard_error']:{form}})")
+    return [*cells, "" if row["bytes"] is None else readable(row["bytes"], "B")]
+
+
 def fast_weight_table(argument: str, page: Path) -> str:
     """Speed by chunk, time of a token and memory of training, from `fast_weights.json`."""
     parts = []
@@ -397,6 +455,7 @@ TABLES: dict[str, Callable[[str, Path], str]] = {
     "conversion": conversion_table,
     "fast_weights": fast_weight_table,
     "kernels": kernel_table,
+    "policies": policy_table,
     "soft_cache_size": soft_cache_table,
     "stateful": stateful_table,
     "training_memory": memory_table,
